@@ -1,0 +1,40 @@
+.DEFAULT_GOAL := help
+.PHONY: help run test check fmt prepare bench stop clean-dev
+
+# PostgreSQL is looked for in this order: DATABASE_URL, docker, programs on this
+# machine, its package manager, a PyPI wheel. To try one alone:
+#   make test POSTGRES_WAY=docker|programs|packages|wheel
+
+help: ## list the tasks
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
+	@echo
+	@echo 'DATABASE_URL=... names the PostgreSQL to use. Without it, one is found or started;'
+	@echo 'POSTGRES_WAY=docker|programs|packages|wheel allows one way of doing so only.'
+
+run: ## serve on a database that is found or started, with a demo account
+	@scripts/run
+
+test: ## run every test (ARGS='...' goes to cargo test)
+	@scripts/test $(ARGS)
+
+check: ## formatting, lints, .sqlx/, licences and banned crates
+	cargo fmt --check
+	cargo clippy --all-targets --locked -- -D warnings
+	scripts/prepare --check
+	.dev/tools/bin/cargo-deny --locked check licenses bans
+
+fmt: ## format the code
+	cargo fmt
+
+prepare: ## write .sqlx/ anew, after a query or a migration has changed
+	scripts/prepare
+
+bench: ## measure (ARGS='...' goes to scripts/bench)
+	@scripts/bench $(ARGS)
+
+stop: ## stop the PostgreSQL that was started here
+	@scripts/postgres stop
+
+clean-dev: ## the same, and remove its data, the demo key and the tools (.dev/)
+	@scripts/postgres clean
+	rm -rf .dev

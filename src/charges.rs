@@ -1,0 +1,525 @@
+//! Charges: what is asked for, what becomes of it, and the SQL of its table.
+
+use std::collections::{BTreeMap, HashMap};
+
+use serde::Serialize;
+use sqlx::{PgConnection, PgPool, types::Json};
+use uuid::Uuid;
+
+use crate::{
+    db::{position, unreadable},
+    error::Error,
+    idempotency::{Answer, Fingerprint, Scope},
+    ids::{AccountId, ChargeId, RequestId},
+    money::{Amount, Currency},
+    processor::{Decline, Outcome},
+};
+
+/// What a client asks for, checked; its canonical form is what the
+/// fingerprint is taken of, so two ways of writing the same wish are equal here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ChargeRequest {
+    /// How much.
+    pub amount: Amount,
+    /// Of what.
+    pub currency: Currency,
+    /// The merchant's name for who pays.
+    pub customer: Option<String>,
+    /// The token of the card.
+    pub source: Option<String>,
+    /// For people.
+    pub description: Option<String>,
+    /// For the merchant's programs.
+    pub metadata: BTreeMap<String, String>,
+    /// Take the money now (`true`), or authorise only.
+    pub capture: bool,
+}
+
+/// Where a charge stands. `pending` leads to one of the others and nothing
+/// leads back; the sandbox decides at once, so its charges begin at the end.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Status {
+    /// The processor has not said yet.
+    Pending,
+    /// The processor approved.
+    Succeeded,
+    /// The processor declined.
+    Failed(Decline),
+}
+
+impl Status {
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Pending => "pending",
+            Self::Succeeded => "succeeded",
+            Self::Failed(_) => "failed",
+        }
+    }
+}
+
+/// A payment.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Charge {
+    /// Given out when the request was parsed.
+    pub id: ChargeId,
+    /// What was asked for.
+    pub request: ChargeRequest,
+    /// What became of it.
+    pub status: Status,
+}
+
+/// A wish for a charge with all that the writer needs. The sandbox decides
+/// without side effects, so the answer is known before the transaction and goes
+/// into the key's row with the claim.
+#[derive(Debug, Clone)]
+pub struct CreateCharge {
+    /// Whose key, and which.
+    pub scope: Scope,
+    /// Of the request.
+    pub fingerprint: Fingerprint,
+    /// The charge, if the key is free.
+    pub charge: Charge,
+    /// What the client gets, if the key is free.
+    pub answer: Answer,
+}
+
+impl Charge {
+    /// A charge that the processor has decided on.
+    #[must_use]
+    pub fn decided(request: ChargeRequest, outcome: Outcome) -> Self {
+        let status = match outcome {
+            Outcome::Approved => Status::Succeeded,
+            Outcome::Declined(decline) => Status::Failed(decline),
+        };
+        Self {
+            id: ChargeId::new(),
+            request,
+            status,
+        }
+    }
+
+    /// Whether the money was taken, and not only authorised.
+    #[must_use]
+    pub fn captured(&self) -> bool {
+        self.request.capture && self.status == Status::Succeeded
+    }
+
+    /// What the client that asked for this charge is told. The same charge and
+    /// request id give the same bytes, so an answer that has expired can be
+    /// written again from the charge.
+    #[must_use]
+    pub fn answer(&self, request_id: RequestId) -> Answer {
+        match &self.status {
+            Status::Failed(decline) => {
+                let error = Error::Declined {
+                    decline: decline.clone(),
+                    charge: self.id,
+                };
+                Answer {
+                    status: error.entry().status,
+                    body: error.body(request_id).into(),
+                }
+            }
+            Status::Pending | Status::Succeeded => Answer {
+                status: 200,
+                body: self.to_json().into(),
+            },
+        }
+    }
+
+    /// The charge in Stripe's shape.
+    ///
+    /// # Panics
+    /// Never: it holds strings, booleans, integers and maps keyed by strings.
+    #[must_use]
+    pub fn to_json(&self) -> String {
+        serde_json::to_string(&self.wire()).expect("a charge is plain data and always JSON")
+    }
+
+    /// The charge in Stripe's shape, to be a part of a larger body.
+    #[must_use]
+    pub fn wire(&self) -> impl Serialize + '_ {
+        let request = &self.request;
+        let decline = match &self.status {
+            Status::Failed(decline) => Some(decline),
+            Status::Pending | Status::Succeeded => None,
+        };
+        Wire {
+            id: self.id,
+            object: "charge",
+            amount: request.amount,
+            amount_captured: if self.captured() {
+                request.amount.minor_units()
+            } else {
+                0
+            },
+            amount_refunded: 0,
+            captured: self.captured(),
+            created: self.id.created_at().timestamp(),
+            currency: request.currency,
+            customer: request.customer.as_deref(),
+            description: request.description.as_deref(),
+            failure_code: decline.map(|d| d.code.as_str()),
+            failure_message: decline.map(|d| d.message.as_str()),
+            livemode: false,
+            metadata: &request.metadata,
+            outcome: WireOutcome::of(&self.status),
+            paid: self.status == Status::Succeeded,
+            refunded: false,
+            source: request.source.as_deref(),
+            status: self.status.name(),
+        }
+    }
+}
+
+#[derive(Serialize)]
+#[expect(clippy::struct_excessive_bools, reason = "Stripe's shape")]
+struct Wire<'a> {
+    id: ChargeId,
+    object: &'a str,
+    amount: Amount,
+    amount_captured: i64,
+    amount_refunded: i64,
+    captured: bool,
+    created: i64,
+    currency: Currency,
+    customer: Option<&'a str>,
+    description: Option<&'a str>,
+    failure_code: Option<&'a str>,
+    failure_message: Option<&'a str>,
+    livemode: bool,
+    metadata: &'a BTreeMap<String, String>,
+    outcome: Option<WireOutcome<'a>>,
+    paid: bool,
+    refunded: bool,
+    source: Option<&'a str>,
+    status: &'a str,
+}
+
+/// Stripe's `outcome`: how the decision came about.
+#[derive(Serialize)]
+struct WireOutcome<'a> {
+    network_status: &'a str,
+    reason: Option<&'a str>,
+    risk_level: &'a str,
+    seller_message: &'a str,
+    r#type: &'a str,
+}
+
+impl<'a> WireOutcome<'a> {
+    fn of(status: &'a Status) -> Option<Self> {
+        match status {
+            Status::Pending => None,
+            Status::Succeeded => Some(Self {
+                network_status: "approved_by_network",
+                reason: None,
+                risk_level: "normal",
+                seller_message: "Payment complete.",
+                r#type: "authorized",
+            }),
+            Status::Failed(decline) => Some(Self {
+                network_status: "declined_by_network",
+                reason: Some(decline.decline_code.as_deref().unwrap_or(&decline.code)),
+                risk_level: "normal",
+                seller_message: &decline.message,
+                r#type: "issuer_declined",
+            }),
+        }
+    }
+}
+
+/// A row of `charges`.
+struct Row {
+    charge_id: Uuid,
+    amount: i64,
+    currency: String,
+    customer: Option<String>,
+    source: Option<String>,
+    description: Option<String>,
+    metadata: Json<BTreeMap<String, String>>,
+    capture: bool,
+    status: String,
+    failure_code: Option<String>,
+    decline_code: Option<String>,
+    failure_message: Option<String>,
+}
+
+impl TryFrom<Row> for Charge {
+    type Error = sqlx::Error;
+
+    /// What we did not write ourselves is not a charge of ours: an error, and
+    /// never a guess.
+    fn try_from(row: Row) -> Result<Self, sqlx::Error> {
+        let status = match (row.status.as_str(), row.failure_code) {
+            ("pending", None) => Status::Pending,
+            ("succeeded", None) => Status::Succeeded,
+            ("failed", Some(code)) => Status::Failed(Decline {
+                code,
+                decline_code: row.decline_code,
+                message: row.failure_message.unwrap_or_default(),
+            }),
+            _ => return Err(unreadable("status")),
+        };
+        Ok(Self {
+            id: ChargeId(row.charge_id),
+            request: ChargeRequest {
+                amount: Amount::new(row.amount).ok_or_else(|| unreadable("amount"))?,
+                currency: Currency::from_code(&row.currency)
+                    .ok_or_else(|| unreadable("currency"))?,
+                customer: row.customer,
+                source: row.source,
+                description: row.description,
+                metadata: row.metadata.0,
+                capture: row.capture,
+            },
+            status,
+        })
+    }
+}
+
+/// What became of a claim that this transaction made.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Claimed {
+    /// The key was free, and the charge is new.
+    Charged,
+    /// The key's row was gone, but a charge carries the key already: a retry
+    /// after the purge. The row holds an answer that was never true and has to
+    /// be replaced before the commit.
+    ChargeExists,
+}
+
+/// Claims the keys and makes the charges: one statement for the whole batch.
+/// For each command says what became of it; `None` where the key was not to be
+/// had, because its row is there or because another transaction is at it.
+///
+/// The only statement that writes two tables: apart it would be two round
+/// trips, and the round trips are what a batch costs.
+///
+/// The try-lock keeps the batch from waiting for a key that another replica
+/// holds; it decides nothing, the row does. Rows go in ordered by account and
+/// key, so that two batches cannot wait for each other in a circle.
+///
+/// # Errors
+/// What the database said; nothing of the transaction may be kept then.
+pub async fn claim_and_insert(
+    conn: &mut PgConnection,
+    commands: &[&CreateCharge],
+    answer_ttl_seconds: f64,
+) -> Result<Vec<Option<Claimed>>, sqlx::Error> {
+    macro_rules! column {
+        ($command:ident => $value:expr) => {
+            commands.iter().map(|$command| $value).collect::<Vec<_>>()
+        };
+    }
+    let failure = |c: &&CreateCharge| match &c.charge.status {
+        Status::Failed(decline) => Some(decline.clone()),
+        Status::Pending | Status::Succeeded => None,
+    };
+    let rows = sqlx::query!(
+        r#"
+        with input as (
+            select * from unnest(
+                $1::uuid[], $2::text[], $3::bytea[], $4::uuid[], $5::int2[], $6::text[],
+                $7::int8[], $8::text[], $9::text[], $10::text[], $11::text[], $12::text[],
+                $13::bool[], $14::text[], $15::text[], $16::text[], $17::text[], $18::timestamptz[]
+            ) as input (
+                account_id, key, request_hash, charge_id, response_status, response_body,
+                amount, currency, customer, source, description, metadata,
+                capture, status, failure_code, decline_code, failure_message, created_at
+            )
+        ),
+        claimed as (
+            insert into idempotency_keys (
+                account_id, key, request_hash, charge_id, response_status, response_body,
+                created_at, expires_at
+            )
+            select
+                account_id, key, request_hash, charge_id, response_status, response_body::json,
+                statement_timestamp(), statement_timestamp() + make_interval(secs => $19)
+            from input
+            where pg_try_advisory_xact_lock(hashtextextended(key, uuid_hash_extended(account_id, 0)))
+            order by account_id, key collate "C"
+            on conflict do nothing
+            returning account_id, key, charge_id
+        ),
+        charged as (
+            insert into charges (
+                account_id, charge_id, idempotency_key, request_hash, amount, currency, customer,
+                source, description, metadata, capture, status, failure_code, decline_code,
+                failure_message, created_at
+            )
+            select
+                account_id, charge_id, input.key, request_hash, amount, currency, customer,
+                source, description, metadata::jsonb, capture, status, failure_code, decline_code,
+                failure_message, input.created_at
+            from input
+            join claimed using (account_id, charge_id)
+            where claimed.key = input.key collate "C"
+            on conflict do nothing
+            returning charge_id
+        )
+        select claimed.charge_id, charged.charge_id is not null as "charged!"
+        from claimed
+        left join charged using (charge_id)
+        "#,
+        &column!(c => c.scope.account_id.0),
+        &column!(c => c.scope.key.as_str()) as &[&str],
+        &column!(c => c.fingerprint.as_bytes()) as &[&[u8]],
+        &column!(c => c.charge.id.0),
+        &column!(c => c.answer.status.cast_signed()),
+        &column!(c => &*c.answer.body) as &[&str],
+        &column!(c => c.charge.request.amount.minor_units()),
+        &column!(c => c.charge.request.currency.code()),
+        &column!(c => c.charge.request.customer.as_deref()) as &[Option<&str>],
+        &column!(c => c.charge.request.source.as_deref()) as &[Option<&str>],
+        &column!(c => c.charge.request.description.as_deref()) as &[Option<&str>],
+        &column!(c => metadata_text(&c.charge.request.metadata)),
+        &column!(c => c.charge.request.capture),
+        &column!(c => c.charge.status.name()) as &[&str],
+        &column!(c => failure(c).map(|d| d.code)) as &[Option<String>],
+        &column!(c => failure(c).and_then(|d| d.decline_code)) as &[Option<String>],
+        &column!(c => failure(c).map(|d| d.message)) as &[Option<String>],
+        &column!(c => c.charge.id.created_at()),
+        answer_ttl_seconds,
+    )
+    .fetch_all(conn)
+    .await?;
+
+    let mut position: HashMap<Uuid, usize> = commands
+        .iter()
+        .enumerate()
+        .map(|(i, c)| (c.charge.id.0, i))
+        .collect();
+    let mut claims = vec![None; commands.len()];
+    for row in rows {
+        if let Some(i) = position.remove(&row.charge_id) {
+            claims[i] = Some(if row.charged {
+                Claimed::Charged
+            } else {
+                Claimed::ChargeExists
+            });
+        }
+    }
+    Ok(claims)
+}
+
+fn metadata_text(metadata: &BTreeMap<String, String>) -> String {
+    serde_json::to_string(metadata).expect("a map of strings is always JSON")
+}
+
+/// The charges that carry these keys, with their fingerprints; `None` where no
+/// charge does.
+///
+/// # Errors
+/// What the database said.
+pub async fn by_key(
+    conn: &mut PgConnection,
+    scopes: &[&Scope],
+) -> Result<Vec<Option<(Fingerprint, Charge)>>, sqlx::Error> {
+    // A lateral subquery with a limit cannot be planned as a join that reads
+    // the whole table.
+    let rows = sqlx::query!(
+        r#"
+        select input.position as "position!", charge.charge_id, charge.request_hash,
+            charge.amount, charge.currency, charge.customer, charge.source, charge.description,
+            charge.metadata as "metadata: Json<BTreeMap<String, String>>", charge.capture,
+            charge.status, charge.failure_code, charge.decline_code, charge.failure_message
+        from unnest($1::uuid[], $2::text[]) with ordinality as input (account_id, key, position)
+        cross join lateral (
+            select * from charges
+            where charges.account_id = input.account_id
+              and charges.idempotency_key = input.key collate "C"
+            limit 1
+        ) as charge
+        "#,
+        &scopes.iter().map(|s| s.account_id.0).collect::<Vec<_>>(),
+        &scopes.iter().map(|s| s.key.as_str()).collect::<Vec<_>>() as &[&str],
+    )
+    .fetch_all(conn)
+    .await?;
+    let mut charges = vec![None; scopes.len()];
+    for row in rows {
+        let fingerprint = Fingerprint::from_column(&row.request_hash)
+            .ok_or_else(|| unreadable("request_hash"))?;
+        charges[position(row.position)] = Some((
+            fingerprint,
+            Charge::try_from(Row {
+                charge_id: row.charge_id,
+                amount: row.amount,
+                currency: row.currency,
+                customer: row.customer,
+                source: row.source,
+                description: row.description,
+                metadata: row.metadata,
+                capture: row.capture,
+                status: row.status,
+                failure_code: row.failure_code,
+                decline_code: row.decline_code,
+                failure_message: row.failure_message,
+            })?,
+        ));
+    }
+    Ok(charges)
+}
+
+/// One charge of this account; `None` if there is none of this id, or it is
+/// another account's.
+///
+/// # Errors
+/// What the database said.
+pub async fn find(
+    pool: &PgPool,
+    account_id: AccountId,
+    charge_id: ChargeId,
+) -> Result<Option<Charge>, sqlx::Error> {
+    sqlx::query_as!(
+        Row,
+        r#"
+        select charge_id, amount, currency, customer, source, description,
+            metadata as "metadata: Json<BTreeMap<String, String>>", capture,
+            status, failure_code, decline_code, failure_message
+        from charges
+        where account_id = $1 and charge_id = $2
+        "#,
+        account_id.0,
+        charge_id.0,
+    )
+    .fetch_optional(pool)
+    .await?
+    .map(Charge::try_from)
+    .transpose()
+}
+
+/// Up to `limit` charges of this account, newest first, from the one that
+/// follows `after`. Ids begin with the time, so the primary key is the order.
+///
+/// # Errors
+/// What the database said.
+pub async fn list(
+    pool: &PgPool,
+    account_id: AccountId,
+    after: Option<ChargeId>,
+    limit: i64,
+) -> Result<Vec<Charge>, sqlx::Error> {
+    sqlx::query_as!(
+        Row,
+        r#"
+        select charge_id, amount, currency, customer, source, description,
+            metadata as "metadata: Json<BTreeMap<String, String>>", capture,
+            status, failure_code, decline_code, failure_message
+        from charges
+        where account_id = $1 and charge_id < $2
+        order by charge_id desc
+        limit $3
+        "#,
+        account_id.0,
+        // One condition for both cases, so that the index always does the work.
+        after.map_or(Uuid::max(), |id| id.0),
+        limit,
+    )
+    .fetch_all(pool)
+    .await?
+    .into_iter()
+    .map(Charge::try_from)
+    .collect()
+}

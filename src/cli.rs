@@ -1,0 +1,279 @@
+//! The commands.
+
+use std::io::Write;
+
+use clap::{Arg, Command, CommandFactory, FromArgMatches, Parser, Subcommand, builder::Resettable};
+use sqlx::{Connection, PgConnection};
+
+use crate::{
+    MIGRATOR,
+    accounts::{self, ApiKey, NAME_MAX},
+    config::{Database, LogFormat, Serve},
+    db,
+    idempotency::purge,
+    ids::{AccountId, ApiKeyId},
+    serve,
+};
+
+/// A payments service whose charges happen once, however often they are asked for.
+///
+/// Settings are flags or environment variables; a file `.env` in the working
+/// directory is read too. An empty variable counts as unset.
+#[derive(Debug, Parser)]
+#[command(version, arg_required_else_help = true)]
+pub struct Cli {
+    /// How log lines are written
+    #[arg(
+        long,
+        env = "LOG_FORMAT",
+        value_enum,
+        default_value = "text",
+        global = true
+    )]
+    pub log_format: LogFormat,
+
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Run the service
+    Serve(Box<Serve>),
+    /// Bring the database's tables up to date
+    Migrate(Database),
+    /// Manage accounts: merchants, the owners of charges
+    #[command(subcommand)]
+    Account(AccountTask),
+    /// Manage the API keys of accounts
+    #[command(subcommand)]
+    ApiKey(ApiKeyTask),
+    /// Remove expired answers now, until none is left
+    Purge(Database),
+}
+
+#[derive(Debug, Subcommand)]
+enum AccountTask {
+    /// Make an account and its first API key, which is shown only now
+    Create {
+        /// For people, up to 200 characters
+        #[arg(value_parser = name)]
+        name: String,
+        #[command(flatten)]
+        database: Database,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+enum ApiKeyTask {
+    /// Make one more API key for an account; it is shown only now
+    Create {
+        /// acct_…
+        account: AccountId,
+        #[command(flatten)]
+        database: Database,
+    },
+    /// List an account's API keys, without their secrets
+    List {
+        /// acct_…
+        account: AccountId,
+        #[command(flatten)]
+        database: Database,
+    },
+    /// Revoke an API key; it is dead on every replica within 5 seconds
+    Revoke {
+        /// ak_…
+        api_key_id: ApiKeyId,
+        #[command(flatten)]
+        database: Database,
+    },
+    /// Say whose the API key in `PAYONCE_API_KEY` is; fails if it is unknown or revoked
+    Check {
+        #[command(flatten)]
+        database: Database,
+        // Not a flag: command lines can be read by everybody on the machine.
+        #[arg(
+            env = "PAYONCE_API_KEY",
+            hide_env_values = true,
+            hide = true,
+            required = true
+        )]
+        api_key: String,
+    },
+}
+
+fn name(text: &str) -> Result<String, String> {
+    let text = text.trim();
+    if text.is_empty() || text.chars().count() > NAME_MAX || text.contains('\0') {
+        return Err(format!("a name has 1 to {NAME_MAX} characters"));
+    }
+    Ok(text.to_owned())
+}
+
+/// A failure of a command, in one line.
+pub type Failure = Box<dyn std::error::Error + Send + Sync>;
+
+impl Cli {
+    /// From the command line and the environment; ends the process on a mistake.
+    #[must_use]
+    pub fn from_args() -> Self {
+        let matches = without_empty_variables(Self::command()).get_matches();
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+    }
+
+    /// Does what was asked for.
+    ///
+    /// # Errors
+    /// What went wrong, fit for one line.
+    pub async fn run(self) -> Result<(), Failure> {
+        match self.task {
+            Task::Serve(config) => serve::run(*config).await,
+            Task::Migrate(database) => migrate(&database).await,
+            Task::Account(AccountTask::Create { name, database }) => {
+                create_account(&name, &database).await
+            }
+            Task::ApiKey(ApiKeyTask::Create { account, database }) => {
+                create_api_key(account, &database).await
+            }
+            Task::ApiKey(ApiKeyTask::List { account, database }) => {
+                list_api_keys(account, &database).await
+            }
+            Task::ApiKey(ApiKeyTask::Revoke {
+                api_key_id,
+                database,
+            }) => revoke_api_key(api_key_id, &database).await,
+            Task::ApiKey(ApiKeyTask::Check { database, api_key }) => {
+                check_api_key(&database, &api_key).await
+            }
+            Task::Purge(database) => purge_now(&database).await,
+        }
+    }
+}
+
+/// clap takes an empty variable for a value. To us it is a variable that
+/// somebody could not unset, as in a compose file.
+fn without_empty_variables(command: Command) -> Command {
+    let is_empty = |arg: &Arg| {
+        arg.get_env()
+            .and_then(std::env::var_os)
+            .is_some_and(|value| value.is_empty())
+    };
+    command
+        .mut_args(|arg| {
+            if is_empty(&arg) {
+                arg.env(Resettable::Reset)
+            } else {
+                arg
+            }
+        })
+        .mut_subcommands(without_empty_variables)
+}
+
+/// The tables have to be there; says so in a line if they are not.
+async fn open(database: &Database) -> Result<PgConnection, Failure> {
+    let options = db::connect_options(&database.database_url).map_err(db::Unfit::from)?;
+    let mut conn = db::connect(&options).await.map_err(db::Unfit::from)?;
+    db::check_migrations(&mut conn).await?;
+    Ok(conn)
+}
+
+async fn migrate(database: &Database) -> Result<(), Failure> {
+    let url = &database.database_url;
+    let options = db::plain_options(url).map_err(db::Unfit::from)?;
+    let mut conn = db::connect(&options).await.map_err(db::Unfit::from)?;
+    MIGRATOR.run(&mut conn).await?;
+    conn.close().await?;
+    eprintln!(
+        "the database is up to date ({} migrations)",
+        MIGRATOR.iter().count()
+    );
+    Ok(())
+}
+
+async fn create_account(name: &str, database: &Database) -> Result<(), Failure> {
+    let mut conn = open(database).await?;
+    // Both or none: an account whose key nobody has seen is of no use.
+    let mut transaction = conn.begin().await?;
+    let account_id = accounts::create(&mut transaction, name).await?;
+    let (_, api_key) = accounts::create_api_key(&mut transaction, account_id)
+        .await?
+        .ok_or("the account went away while it was made")?;
+    transaction.commit().await?;
+    eprintln!("The API key is shown only now; keep it safe.");
+    print(&format!(
+        "account {account_id}\napi_key {}\n",
+        api_key.reveal()
+    ))
+}
+
+async fn create_api_key(account: AccountId, database: &Database) -> Result<(), Failure> {
+    let mut conn = open(database).await?;
+    let (api_key_id, api_key) = accounts::create_api_key(&mut conn, account)
+        .await?
+        .ok_or_else(|| format!("there is no account {account}"))?;
+    eprintln!("The API key is shown only now; keep it safe.");
+    print(&format!(
+        "api_key_id {api_key_id}\napi_key {}\n",
+        api_key.reveal()
+    ))
+}
+
+async fn list_api_keys(account: AccountId, database: &Database) -> Result<(), Failure> {
+    let mut conn = open(database).await?;
+    let rows = accounts::list_api_keys(&mut conn, account)
+        .await?
+        .ok_or_else(|| format!("there is no account {account}"))?;
+    let lines = rows.into_iter().map(|row| {
+        let state = match row.revoked_at {
+            Some(at) => format!("revoked {}", at.format("%FT%TZ")),
+            None => "active".to_owned(),
+        };
+        format!(
+            "{} created {} {state}\n",
+            row.api_key_id,
+            row.created_at.format("%FT%TZ")
+        )
+    });
+    print(&lines.collect::<String>())
+}
+
+async fn revoke_api_key(api_key_id: ApiKeyId, database: &Database) -> Result<(), Failure> {
+    let mut conn = open(database).await?;
+    if !accounts::revoke_api_key(&mut conn, api_key_id).await? {
+        return Err(format!("there is no API key {api_key_id}").into());
+    }
+    eprintln!("revoked; it is dead on every replica within 5 seconds");
+    Ok(())
+}
+
+async fn check_api_key(database: &Database, api_key: &str) -> Result<(), Failure> {
+    let api_key: ApiKey = api_key.parse()?;
+    let mut conn = open(database).await?;
+    let account_id = accounts::authenticate(&mut conn, api_key.hash())
+        .await?
+        .ok_or("the API key is unknown or revoked")?;
+    print(&format!("account {account_id}\n"))
+}
+
+async fn purge_now(database: &Database) -> Result<(), Failure> {
+    open(database).await?.close().await?;
+    let pool = db::pool(db::connect_options(&database.database_url)?, 1);
+    let count = purge::run_until_done(&pool).await?;
+    eprintln!("purged {count} expired answers");
+    Ok(())
+}
+
+/// To standard output; a reader that is gone is an error and no panic.
+fn print(text: &str) -> Result<(), Failure> {
+    Ok(std::io::stdout().write_all(text.as_bytes())?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

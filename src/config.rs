@@ -1,0 +1,95 @@
+//! Settings: flags, or the environment. `.env.example` mirrors this file.
+
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+
+use crate::http::command::WAIT_MAX;
+
+/// Where the data is.
+#[derive(Debug, Clone, Args)]
+pub struct Database {
+    /// PostgreSQL, 15 or later: postgres://user:password@host:port/database
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    pub database_url: String,
+}
+
+/// How the service runs.
+#[derive(Debug, Clone, Args)]
+pub struct Serve {
+    /// Where the data is.
+    #[command(flatten)]
+    pub database: Database,
+
+    /// Where to listen; 0.0.0.0:8080 for all interfaces
+    #[arg(
+        long,
+        env = "LISTEN_ADDR",
+        default_value = "127.0.0.1:8080",
+        value_name = "HOST:PORT"
+    )]
+    pub listen_addr: String,
+
+    /// How long the answer to a request is kept for its retries
+    #[arg(long, env = "ANSWER_TTL", default_value = "24h", value_parser = positive, value_name = "DURATION")]
+    pub answer_ttl: Duration,
+
+    /// How long a duplicate of a running request waits before it gets 409; at
+    /// most 10s. A client can ask for another time by `Prefer: wait=N`
+    #[arg(long, env = "DUPLICATE_WAIT", default_value = "2s", value_parser = wait, value_name = "DURATION")]
+    pub duplicate_wait: Duration,
+
+    /// Most charges in one transaction
+    #[arg(long, env = "BATCH_MAX", default_value_t = 256, value_parser = clap::value_parser!(u16).range(1..=4096), value_name = "N")]
+    pub batch_max: u16,
+
+    /// Most charges that wait or are being written; more get 503 at once
+    #[arg(long, env = "QUEUE_MAX", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(1..=1_000_000), value_name = "N")]
+    pub queue_max: u32,
+
+    /// Connections for reads; writes have two of their own
+    #[arg(long, env = "POOL_SIZE", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
+    pub pool_size: u32,
+
+    /// How often expired answers are purged
+    #[arg(long, env = "PURGE_INTERVAL", default_value = "1m", value_parser = positive, value_name = "DURATION")]
+    pub purge_interval: Duration,
+
+    /// How long running requests may take to finish after SIGTERM
+    #[arg(long, env = "SHUTDOWN_TIMEOUT", default_value = "15s", value_parser = positive, value_name = "DURATION")]
+    pub shutdown_timeout: Duration,
+}
+
+/// How log lines are written, to standard error. `RUST_LOG` says which.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// The longest time that a setting may name: more is a slip, and would not fit
+/// PostgreSQL's timestamps at some point.
+const DURATION_MAX: Duration = Duration::from_hours(10 * 366 * 24);
+
+fn positive(text: &str) -> Result<Duration, String> {
+    let duration = humantime::parse_duration(text)
+        .map_err(|error| format!("{error}; write it like 24h, 90s or 250ms"))?;
+    if duration.is_zero() || duration > DURATION_MAX {
+        return Err("it has to be more than 0 and at most 10 years".to_owned());
+    }
+    Ok(duration)
+}
+
+fn wait(text: &str) -> Result<Duration, String> {
+    // Not to wait at all is a choice, if an impatient one.
+    if matches!(text, "0" | "0s" | "0ms") {
+        return Ok(Duration::ZERO);
+    }
+    let duration = positive(text)?;
+    if duration > WAIT_MAX {
+        return Err(format!("it has to be at most {}s", WAIT_MAX.as_secs()));
+    }
+    Ok(duration)
+}

@@ -1,0 +1,76 @@
+//! The way in: every route and layer.
+
+pub mod caller;
+mod charges;
+pub mod command;
+mod exchange;
+mod health;
+pub mod params;
+
+use std::time::Duration;
+
+use axum::{
+    Router,
+    extract::Path,
+    http::{StatusCode, header},
+    middleware::from_fn,
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use sqlx::PgPool;
+use tower_http::catch_panic::CatchPanicLayer;
+
+use crate::{
+    error::{CATALOGUE, Error},
+    writer::Writer,
+};
+use caller::Callers;
+
+/// What the handlers work with. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct App {
+    /// Where reads go.
+    pub pool: PgPool,
+    /// Where everything goes that changes something.
+    pub writer: Writer,
+    /// Who is known.
+    pub callers: Callers,
+    /// How long a duplicate waits, unless it says so itself.
+    pub wait: Duration,
+}
+
+/// The whole service as one [`tower`](https://docs.rs/tower) service.
+pub fn router(app: App) -> Router {
+    Router::new()
+        .route("/v1/charges", get(charges::list).post(charges::create))
+        .route("/v1/charges/{id}", get(charges::retrieve))
+        .route("/healthz", get(health::live))
+        .route("/readyz", get(health::ready))
+        .route("/errors/{code}", get(explain))
+        .fallback(|| async { Error::RouteUnknown })
+        .method_not_allowed_fallback(|| async { Error::MethodNotAllowed })
+        .layer(CatchPanicLayer::custom(exchange::panicked))
+        .layer(from_fn(exchange::track))
+        .with_state(app)
+}
+
+/// `GET /errors/{code}`: what an error's `type` and `doc_url` point to.
+async fn explain(Path(code): Path<String>) -> Result<Response, Error> {
+    let entry = CATALOGUE
+        .iter()
+        .find(|entry| entry.code == code)
+        .ok_or(Error::RouteUnknown)?;
+    let page = format!(
+        "# {}\n\n{} (HTTP {}, {})\n\n{}\n",
+        entry.code, entry.title, entry.status, entry.error_type, entry.advice
+    );
+    Ok((
+        [(header::CONTENT_TYPE, "text/markdown; charset=utf-8")],
+        page,
+    )
+        .into_response())
+}
+
+fn json(status: StatusCode, body: String) -> Response {
+    (status, [(header::CONTENT_TYPE, "application/json")], body).into_response()
+}

@@ -1,0 +1,178 @@
+//! `/v1/charges`: the request's parameters, and the handlers.
+
+use axum::{
+    extract::{Path, RawQuery, State},
+    http::{HeaderValue, StatusCode, header},
+    response::Response,
+};
+use serde::Serialize;
+use tokio::time::Instant;
+
+use super::{
+    App,
+    caller::Caller,
+    command::{Command, FromParams},
+    json,
+    params::{Params, missing, not_allowed},
+};
+use crate::{
+    charges::{self, Charge, ChargeRequest, CreateCharge},
+    db,
+    error::{BadParameter, Error},
+    ids::ChargeId,
+    money::{AMOUNT_MAX, Amount, Currency},
+    processor::sandbox,
+    writer::{DEADLINE, Reply},
+};
+
+const CUSTOMER_MAX: usize = 255;
+const SOURCE_MAX: usize = 255;
+const DESCRIPTION_MAX: usize = 1000;
+const LIST_LIMIT_MAX: i64 = 100;
+const LIST_LIMIT_DEFAULT: i64 = 10;
+
+impl FromParams for ChargeRequest {
+    fn from_params(params: &mut Params) -> Result<Self, BadParameter> {
+        let amount = params
+            .integer("amount", 1, AMOUNT_MAX)?
+            .and_then(Amount::new)
+            .ok_or_else(|| missing("amount"))?;
+        let currency = params
+            .text("currency", 255)?
+            .ok_or_else(|| missing("currency"))?;
+        let currency = Currency::from_code(&currency).ok_or_else(|| {
+            not_allowed(
+                "currency",
+                "must be an ISO 4217 code in lower case, such as usd.",
+            )
+        })?;
+        Ok(Self {
+            amount,
+            currency,
+            customer: params.text("customer", CUSTOMER_MAX)?,
+            source: params.text("source", SOURCE_MAX)?,
+            description: params.text("description", DESCRIPTION_MAX)?,
+            metadata: params.metadata("metadata")?,
+            capture: params.boolean("capture")?.unwrap_or(true),
+        })
+    }
+}
+
+/// `POST /v1/charges`
+pub(super) async fn create(
+    State(app): State<App>,
+    command: Command<ChargeRequest>,
+) -> Result<Response, Error> {
+    let Command {
+        scope,
+        fingerprint,
+        request,
+        wait,
+        request_id,
+    } = command;
+    let outcome = sandbox::decide(request.source.as_deref()).ok_or_else(|| {
+        not_allowed(
+            "source",
+            "must be one of Stripe's test tokens, such as tok_visa.",
+        )
+    })?;
+    let charge = Charge::decided(request, outcome);
+    let answer = charge.answer(request_id);
+    let command = CreateCharge {
+        scope,
+        fingerprint,
+        charge,
+        answer,
+    };
+    app.writer.submit(command, wait).await.map(reply)
+}
+
+/// `GET /v1/charges/{id}`
+pub(super) async fn retrieve(
+    State(app): State<App>,
+    caller: Caller,
+    Path(id): Path<String>,
+    RawQuery(query): RawQuery,
+) -> Result<Response, Error> {
+    Params::from_form(query.unwrap_or_default().as_bytes())?.finish()?;
+    let missing = Error::ResourceMissing { param: None };
+    let id: ChargeId = id.parse().map_err(|_| missing.clone())?;
+    let charge = find(&app, caller, id).await?.ok_or(missing)?;
+    Ok(json(StatusCode::OK, charge.to_json()))
+}
+
+/// `GET /v1/charges`
+pub(super) async fn list(
+    State(app): State<App>,
+    caller: Caller,
+    RawQuery(query): RawQuery,
+) -> Result<Response, Error> {
+    let mut params = Params::from_form(query.unwrap_or_default().as_bytes())?;
+    let limit = params
+        .integer("limit", 1, LIST_LIMIT_MAX)?
+        .unwrap_or(LIST_LIMIT_DEFAULT);
+    let after = params.text("starting_after", 255)?;
+    params.finish()?;
+
+    let after = match after {
+        None => None,
+        Some(id) => {
+            let missing = Error::ResourceMissing {
+                param: Some("starting_after"),
+            };
+            let id: ChargeId = id.parse().map_err(|_| missing.clone())?;
+            find(&app, caller, id).await?.ok_or(missing)?;
+            Some(id)
+        }
+    };
+    // One more than asked for tells whether there are more.
+    let mut charges = db::read(Instant::now() + DEADLINE, || {
+        charges::list(&app.pool, caller.account_id, after, limit + 1)
+    })
+    .await?;
+    let asked = usize::try_from(limit).unwrap_or(usize::MAX);
+    let has_more = charges.len() > asked;
+    charges.truncate(asked);
+    let list = List {
+        object: "list",
+        url: "/v1/charges",
+        has_more,
+        data: charges.iter().map(Charge::wire).collect(),
+    };
+    let body = serde_json::to_string(&list).map_err(|_| Error::Internal)?;
+    Ok(json(StatusCode::OK, body))
+}
+
+/// Stripe's list object. Its clients page by `url`.
+#[derive(Serialize)]
+struct List<T> {
+    object: &'static str,
+    url: &'static str,
+    has_more: bool,
+    data: Vec<T>,
+}
+
+async fn find(app: &App, caller: Caller, id: ChargeId) -> Result<Option<Charge>, Error> {
+    let charge = db::read(Instant::now() + DEADLINE, || {
+        charges::find(&app.pool, caller.account_id, id)
+    })
+    .await?;
+    Ok(charge)
+}
+
+fn reply(Reply { answer, replayed }: Reply) -> Response {
+    let status = StatusCode::from_u16(answer.status).unwrap_or(StatusCode::OK);
+    let mut response = json(status, answer.body.to_string());
+    let headers = response.headers_mut();
+    if !status.is_success() {
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/problem+json"),
+        );
+        headers.insert("stripe-should-retry", HeaderValue::from_static("false"));
+    }
+    if replayed {
+        headers.insert("idempotent-replayed", HeaderValue::from_static("true"));
+    }
+    response
+}

@@ -1,0 +1,180 @@
+//! One pass over headers and bytes: what a POST asks for, under which key.
+
+use std::time::Duration;
+
+use axum::{
+    body::Bytes,
+    extract::{FromRequest, FromRequestParts, Request},
+    http::{HeaderMap, header},
+};
+use serde::Serialize;
+
+use super::{App, caller::Caller, exchange::Exchange, params::Params};
+use crate::{
+    error::{BadParameter, Error},
+    idempotency::{Fingerprint, Key, MalformedKey, Scope},
+    ids::RequestId,
+};
+
+/// The largest body, in bytes.
+pub const BODY_MAX: usize = 64 * 1024;
+
+/// The longest time that `Prefer: wait=N` can ask for.
+pub const WAIT_MAX: Duration = Duration::from_secs(10);
+
+/// A typed request, as it stands in the body of a POST.
+pub trait FromParams: Serialize + Sized {
+    /// Takes the parameters it knows.
+    ///
+    /// # Errors
+    /// The first parameter that is wrong.
+    fn from_params(params: &mut Params) -> Result<Self, BadParameter>;
+}
+
+/// What somebody who is known asks for, under a key of theirs.
+#[derive(Debug)]
+pub struct Command<T> {
+    /// Whose key, and which.
+    pub scope: Scope,
+    /// Of method, path and request.
+    pub fingerprint: Fingerprint,
+    /// What is asked for.
+    pub request: T,
+    /// How long to wait if the key is in use.
+    pub wait: Duration,
+    /// Goes into an answer that is stored.
+    pub request_id: RequestId,
+}
+
+impl<T: FromParams> FromRequest<App> for Command<T> {
+    type Rejection = Error;
+
+    /// In this order, so that a stranger learns nothing: who asks, which media
+    /// type, which key, what.
+    async fn from_request(request: Request, app: &App) -> Result<Self, Error> {
+        let (mut parts, body) = request.into_parts();
+        let Caller { account_id } = Caller::from_request_parts(&mut parts, app).await?;
+        let request_id = Exchange::id(&parts.extensions);
+        let media_type = MediaType::of(&parts.headers)?;
+        let key = idempotency_key(&parts.headers)?;
+        if let Some(query) = parts.uri.query() {
+            Params::from_form(query.as_bytes())?.finish()?;
+        }
+        let body = read_body(&parts.headers, body).await?;
+        let mut params = match media_type {
+            Some(MediaType::Json) => Params::from_json(&body)?,
+            Some(MediaType::Form) => Params::from_form(&body)?,
+            None if body.is_empty() => Params::from_form(b"")?,
+            None => return Err(Error::MediaTypeUnsupported),
+        };
+        let typed = T::from_params(&mut params)?;
+        params.finish()?;
+        Ok(Self {
+            fingerprint: Fingerprint::new(parts.method.as_str(), parts.uri.path(), &typed),
+            scope: Scope { account_id, key },
+            request: typed,
+            wait: preferred_wait(&parts.headers).unwrap_or(app.wait),
+            request_id,
+        })
+    }
+}
+
+enum MediaType {
+    Json,
+    Form,
+}
+
+impl MediaType {
+    /// `None` if the request does not say, which is fine if it has no body.
+    fn of(headers: &HeaderMap) -> Result<Option<Self>, Error> {
+        let encoding = headers
+            .get(header::CONTENT_ENCODING)
+            .map(|value| value.as_bytes().trim_ascii());
+        if encoding.is_some_and(|encoding| !encoding.eq_ignore_ascii_case(b"identity")) {
+            return Err(Error::MediaTypeUnsupported);
+        }
+        let Some(value) = headers.get(header::CONTENT_TYPE) else {
+            return Ok(None);
+        };
+        let value = value
+            .to_str()
+            .map_err(|_| Error::MediaTypeUnsupported)?
+            .to_ascii_lowercase();
+        let (essence, parameters) = value.split_once(';').unwrap_or((&value, ""));
+        for parameter in parameters.split(';').map(str::trim) {
+            if let Some(charset) = parameter.strip_prefix("charset=")
+                && charset.trim_matches('"') != "utf-8"
+            {
+                return Err(Error::MediaTypeUnsupported);
+            }
+        }
+        match essence.trim() {
+            "application/json" => Ok(Some(Self::Json)),
+            "application/x-www-form-urlencoded" => Ok(Some(Self::Form)),
+            _ => Err(Error::MediaTypeUnsupported),
+        }
+    }
+}
+
+fn idempotency_key(headers: &HeaderMap) -> Result<Key, Error> {
+    let mut values = headers.get_all("idempotency-key").iter();
+    let value = values.next().ok_or(Error::KeyMissing)?;
+    if values.next().is_some() {
+        return Err(Error::KeyInvalid(MalformedKey::Repeated));
+    }
+    Key::from_header(value.as_bytes()).map_err(Error::KeyInvalid)
+}
+
+async fn read_body(headers: &HeaderMap, body: axum::body::Body) -> Result<Bytes, Error> {
+    let announced = headers
+        .get(header::CONTENT_LENGTH)
+        .and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
+    if announced.is_some_and(|length| length > BODY_MAX) {
+        return Err(Error::BodyTooLarge(BODY_MAX));
+    }
+    // It fails when the limit is passed, or when the client stops in the middle;
+    // the second one reads no answer.
+    axum::body::to_bytes(body, BODY_MAX)
+        .await
+        .map_err(|_| Error::BodyTooLarge(BODY_MAX))
+}
+
+/// RFC 7240's `Prefer: wait=N`, in seconds. A preference that is not understood
+/// is to be ignored.
+fn preferred_wait(headers: &HeaderMap) -> Option<Duration> {
+    headers
+        .get_all("prefer")
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|preference| preference.split(';').next())
+        .find_map(|preference| {
+            let (name, value) = preference.split_once('=')?;
+            let seconds = value.trim().trim_matches('"').parse().ok()?;
+            name.trim().eq_ignore_ascii_case("wait").then_some(seconds)
+        })
+        .map(|seconds| Duration::from_secs(seconds).min(WAIT_MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_preference_is_obeyed_up_to_ten_seconds() {
+        let wait = |value: &'static str| {
+            let headers = HeaderMap::from_iter([(
+                header::HeaderName::from_static("prefer"),
+                value.parse().unwrap(),
+            )]);
+            preferred_wait(&headers).map(|wait| wait.as_secs())
+        };
+        assert_eq!(wait("wait=5"), Some(5));
+        assert_eq!(wait("respond-async, wait=0"), Some(0));
+        assert_eq!(wait("Wait = 3; foo=1"), Some(3));
+        assert_eq!(wait("wait=86400"), Some(10));
+        for ignored in ["wait", "wait=", "wait=soon", "wait=-1", "respond-async"] {
+            assert_eq!(wait(ignored), None, "{ignored}");
+        }
+    }
+}

@@ -1,0 +1,99 @@
+//! One HTTP exchange: its id, and errors in the one shape that they have.
+
+use std::{any::Any, time::Instant};
+
+use axum::{
+    body::Body,
+    extract::Request,
+    http::{Extensions, HeaderValue, StatusCode, header},
+    middleware::Next,
+    response::{IntoResponse, Response},
+};
+use tracing::{Level, debug, error, warn};
+
+use crate::{error::Error, ids::RequestId};
+
+/// Tells the exchange's id to whoever needs it.
+pub(super) struct Exchange;
+
+impl Exchange {
+    /// The id that [`track`] gave; a handler cannot be reached but through it.
+    pub(super) fn id(extensions: &Extensions) -> RequestId {
+        extensions
+            .get::<RequestId>()
+            .copied()
+            .unwrap_or_else(RequestId::new)
+    }
+}
+
+/// Around everything: gives the exchange an id, writes the body of an error,
+/// and logs what is not in order.
+pub(super) async fn track(mut request: Request, next: Next) -> Response {
+    let id = RequestId::new();
+    let started = Instant::now();
+    let method = request.method().clone();
+    let path = tracing::enabled!(Level::DEBUG).then(|| request.uri().path().to_owned());
+    request.extensions_mut().insert(id);
+
+    let mut response = next.run(request).await;
+    if let Some(error) = response.extensions_mut().remove::<Error>() {
+        let (code, status) = (error.code(), error.entry().status);
+        match error.level() {
+            Level::ERROR => error!(request_id = %id, code, status, "request failed"),
+            Level::WARN => warn!(request_id = %id, code, status, "request failed"),
+            _ => debug!(request_id = %id, code, status, "request refused"),
+        }
+        *response.body_mut() = Body::from(error.body(id));
+    }
+    if let Ok(value) = HeaderValue::from_str(&id.to_string()) {
+        response.headers_mut().insert("request-id", value);
+    }
+    debug!(
+        request_id = %id,
+        %method,
+        path,
+        status = response.status().as_u16(),
+        elapsed_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
+        "request"
+    );
+    response
+}
+
+impl IntoResponse for Error {
+    /// Status and headers; [`track`] writes the body, since it knows the id.
+    fn into_response(self) -> Response {
+        let status = self.entry().status;
+        let mut response = StatusCode::from_u16(status)
+            .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+            .into_response();
+        let headers = response.headers_mut();
+        headers.insert(
+            header::CONTENT_TYPE,
+            HeaderValue::from_static("application/problem+json"),
+        );
+        let should_retry = if self.should_retry() { "true" } else { "false" };
+        headers.insert(
+            "stripe-should-retry",
+            HeaderValue::from_static(should_retry),
+        );
+        if matches!(status, 409 | 503) {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        if status == 401 {
+            headers.insert(
+                header::WWW_AUTHENTICATE,
+                HeaderValue::from_static("Bearer, Basic realm=\"payonce\""),
+            );
+        }
+        response.extensions_mut().insert(self);
+        response
+    }
+}
+
+/// What a client gets when a handler panics; the writer's work goes on.
+pub(super) fn panicked(panic: Box<dyn Any + Send>) -> Response {
+    // The message could hold anything; where it happened is on standard error.
+    drop(panic);
+    error!("a handler panicked");
+    Error::Internal.into_response()
+}

@@ -1,0 +1,34 @@
+//! payonce: a payments service whose charges happen once, however often they
+//! are asked for.
+//!
+//! The map, from the outside in; each module uses those below it and none above:
+//!
+//! | module | what it is |
+//! | --- | --- |
+//! | [`cli`], [`config`] | the commands and their settings |
+//! | [`serve`] | starts the parts, and ends them in order |
+//! | [`http`] | bytes to commands, answers to bytes |
+//! | [`writer`] | takes commands, writes them many to a transaction, answers after COMMIT |
+//! | [`charges`], [`accounts`], [`idempotency`] | the words of the domain, and the SQL of their tables |
+//! | [`processor`] | what moves the money |
+//! | [`db`] | how to reach PostgreSQL, and what its errors mean |
+//! | [`error`], [`ids`], [`money`] | values that all of them share |
+//!
+//! `ARCHITECTURE.md` follows one charge through them.
+
+pub mod accounts;
+pub mod charges;
+pub mod cli;
+pub mod config;
+pub mod db;
+pub mod error;
+pub mod http;
+pub mod idempotency;
+pub mod ids;
+pub mod money;
+pub mod processor;
+pub mod serve;
+pub mod writer;
+
+/// The schema, step by step; `sqlx migrate run` and `payonce migrate` apply it.
+pub static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!();

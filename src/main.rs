@@ -1,0 +1,50 @@
+//! The binary: reads the command line, starts logging, runs the command.
+
+use std::process::ExitCode;
+
+use payonce::{cli::Cli, config::LogFormat};
+use tracing_subscriber::EnvFilter;
+
+fn main() -> ExitCode {
+    // Before any thread is started, since it changes the environment. What is
+    // set already wins.
+    match dotenvy::dotenv() {
+        Ok(_) => {}
+        Err(error) if error.not_found() => {}
+        Err(_) => {
+            // The error repeats the line, and the line may hold a password.
+            eprintln!("payonce: .env cannot be read; each line has to be NAME=value");
+            return ExitCode::FAILURE;
+        }
+    }
+    let cli = Cli::from_args();
+    start_logging(cli.log_format);
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("payonce: cannot start: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    match runtime.block_on(cli.run()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("payonce: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn start_logging(format: LogFormat) {
+    let filter = std::env::var("RUST_LOG")
+        .ok()
+        .filter(|directives| !directives.is_empty())
+        .unwrap_or_else(|| "info".to_owned());
+    let lines = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(filter))
+        .with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => lines.init(),
+        LogFormat::Json => lines.json().flatten_event(true).init(),
+    }
+}

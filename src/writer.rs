@@ -1,0 +1,363 @@
+//! The writer: everything that changes something goes through here, many
+//! commands to a transaction (group commit).
+//!
+//! Commands gather in a queue. A writing task takes all that wait (at most
+//! `batch_max`), runs them in one transaction, and answers each after COMMIT.
+//! Two tasks take turns, so that one prepares while the other's commit is being
+//! flushed. There is no timer: a quiet service has batches of one, a busy one
+//! large batches.
+//!
+//! # Round trips of a batch
+//!
+//! | trip | statement | when |
+//! | --- | --- | --- |
+//! | 1 | `begin` | always |
+//! | 2 | claim the keys and insert the charges (`charges::claim_and_insert`) | always |
+//! | 3 | read the rows of keys that were not claimed (`store::read`) | a key was not free |
+//! | 4 | free keys whose answers have expired (`store::free_expired`) | such a row was read |
+//! | 5 | claim and insert again, for those | one was freed |
+//! | 6 | read the charges that carry a claimed key already (`charges::by_key`) | a claim met one |
+//! | 7 | put the answers of those charges in their rows (`store::replace`) | likewise |
+//! | 8 | `commit` | always |
+//!
+//! Fresh charges take three trips, replays four, whatever the size of the
+//! batch. Nothing else happens while the transaction is open.
+//!
+//! # What if the process dies
+//!
+//! | when | what is there afterwards | what a retry gets |
+//! | --- | --- | --- |
+//! | before `begin`, or anywhere before `commit` | nothing: the server rolls back when it sees the connection gone, within 5 s also if the machine vanished | it is the first request |
+//! | after `commit` was sent, before it was done | nothing, or everything | the first answer, made now or then |
+//! | after `commit`, before the client was answered | key, answer and charge | the replay |
+//! | after the client was answered | the same | the replay |
+//!
+//! # What if two replicas do it at once
+//!
+//! Both try to claim; the primary key of `idempotency_keys` lets one through.
+//! The other sees either the committed row (replay or 422) or no row while the
+//! first one's transaction is open; then the command goes back to the queue for
+//! 10 to 25 ms, until its wait has passed (409).
+//!
+//! # What if the answer to COMMIT is lost
+//!
+//! The batch runs again on a new connection. What had been committed is found
+//! as a row that carries the command's own charge id, and is a first answer;
+//! what had not is claimed anew under the same charge id. The old connection's
+//! transaction may still be open on the server meanwhile: its keys are waited
+//! for until the command's deadline, since it may be our own work.
+//!
+//! # What is done after which fault
+//!
+//! | [`Trouble`] | what is done |
+//! | --- | --- |
+//! | `Passing` (and a time-out of our own) | the same batch again, on a new connection, with backoff, until the deadline; then 503 |
+//! | `Exhausted`, `Misconfigured` | 503 for all, nothing is split |
+//! | `TimedOut`, `Refused` | the transaction is dropped and the batch halved, down to the one command that is to blame: one that waits for a lock goes back to the queue like any key in use, one that the database refuses gets 500. The others get their answers |
+//!
+//! After any error the transaction is dropped and never committed: `commit()`
+//! returns `Ok` although a failed transaction was rolled back.
+//!
+//! # Duplicates within the process
+//!
+//! A command whose key is already queued or running here does not enter a
+//! batch; it waits in memory for what becomes of the first, on its own clock.
+//! It is judged by the row that the first one reports, and not by the first
+//! command's fingerprint: until the row is committed nobody knows which request
+//! the key belongs to. If the first one meets a fault, the next in line asks
+//! for itself.
+//!
+//! # Detached
+//!
+//! The work belongs to the writer. A client that hangs up drops the receiving
+//! end of a channel, and nothing else changes.
+
+mod batch;
+
+use std::{
+    collections::{HashMap, hash_map::Entry},
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
+
+use sqlx::postgres::PgConnectOptions;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    task::JoinSet,
+    time::{Instant, timeout, timeout_at},
+};
+use tracing::error;
+
+use crate::{
+    charges::CreateCharge,
+    error::{Error, Unavailable},
+    idempotency::{Answer, Fingerprint, Scope},
+    ids::ChargeId,
+};
+
+#[cfg(doc)]
+use crate::db::Trouble;
+
+/// How long after its arrival a request is still worked for.
+pub const DEADLINE: Duration = Duration::from_secs(10);
+
+/// Writing tasks per process, each with a connection of its own.
+pub const TASKS: usize = 2;
+
+/// How the writer is set up.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// Where it connects to.
+    pub connect: PgConnectOptions,
+    /// Most commands in one transaction.
+    pub batch_max: usize,
+    /// Most commands that are queued or running; more are refused with 503.
+    pub queue_max: u32,
+    /// How long answers are kept.
+    pub answer_ttl: Duration,
+}
+
+/// The way to have something written. Clones share one queue.
+#[derive(Debug, Clone)]
+pub struct Writer {
+    shared: Arc<Shared>,
+    queue_max: u32,
+    tasks: Arc<Mutex<JoinSet<()>>>,
+}
+
+#[derive(Debug)]
+struct Shared {
+    queue: mpsc::UnboundedSender<Job>,
+    /// A permit per command that was taken and has not been concluded.
+    room: Arc<Semaphore>,
+    /// Who waits for which key that is queued or running here.
+    waiting: Mutex<HashMap<Scope, Vec<oneshot::Sender<Verdict>>>>,
+}
+
+/// What became of a command, as told to all that wait for its key.
+#[derive(Debug, Clone)]
+enum Verdict {
+    /// The key's row, committed, says this.
+    Row(Arc<Settled>),
+    /// Another replica holds the key, and the wait has passed.
+    InUse,
+    /// The database could not be had in time.
+    Unavailable,
+    /// The database refuses this command, or we have a bug.
+    Internal,
+}
+
+/// A committed row of a key.
+#[derive(Debug)]
+struct Settled {
+    fingerprint: Fingerprint,
+    charge_id: ChargeId,
+    answer: Answer,
+}
+
+/// What the client gets.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reply {
+    /// Status and body.
+    pub answer: Answer,
+    /// Whether the answer is one that was given before.
+    pub replayed: bool,
+}
+
+/// A command on its way through the queue and the batches.
+#[derive(Debug)]
+struct Job {
+    command: Arc<CreateCharge>,
+    /// Until when a key that somebody else holds is waited for.
+    wait_until: Instant,
+    deadline: Instant,
+    shared: Arc<Shared>,
+    concluded: bool,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Writer {
+    /// Starts the writing tasks. They connect when there is something to do.
+    #[must_use]
+    pub fn start(options: Options) -> Self {
+        let (queue, jobs) = mpsc::unbounded_channel();
+        let shared = Arc::new(Shared {
+            queue,
+            room: Arc::new(Semaphore::new(options.queue_max as usize)),
+            waiting: Mutex::default(),
+        });
+        let queue_max = options.queue_max;
+        let jobs = Arc::new(tokio::sync::Mutex::new(jobs));
+        let options = Arc::new(options);
+        let mut tasks = JoinSet::new();
+        for _ in 0..TASKS {
+            let (jobs, options) = (Arc::clone(&jobs), Arc::clone(&options));
+            tasks.spawn(async move {
+                // A panic is a bug, and must not take the write path with it: its
+                // batch was concluded as Internal when the jobs were dropped.
+                let mut task = JoinSet::new();
+                task.spawn(batch::run(Arc::clone(&jobs), Arc::clone(&options)));
+                while let Some(Err(end)) = task.join_next().await {
+                    error!(%end, "a writing task panicked and is started again");
+                    task.spawn(batch::run(Arc::clone(&jobs), Arc::clone(&options)));
+                }
+            });
+        }
+        Self {
+            shared,
+            queue_max,
+            tasks: Arc::new(Mutex::new(tasks)),
+        }
+    }
+
+    /// Has the command done, once, and gives its answer; a duplicate of a
+    /// command that is queued or running waits for it up to `wait`.
+    ///
+    /// The work goes on if this future is dropped.
+    ///
+    /// # Errors
+    /// [`Error::KeyReused`], [`Error::KeyInUse`] after `wait`,
+    /// [`Error::Unavailable`] at once if the queue is full and otherwise after
+    /// [`DEADLINE`], [`Error::Internal`].
+    pub async fn submit(&self, command: CreateCharge, wait: Duration) -> Result<Reply, Error> {
+        let arrived = Instant::now();
+        let (wait_until, deadline) = (arrived + wait, arrived + DEADLINE);
+        let command = Arc::new(command);
+        loop {
+            let (leads, verdict) = self.enter(&command, wait_until, deadline)?;
+            let until = if leads { deadline } else { wait_until };
+            match timeout_at(until, verdict).await {
+                Ok(Ok(Verdict::Row(row))) => return row.judge(&command),
+                Ok(Ok(Verdict::InUse)) if leads => return Err(Error::KeyInUse),
+                Ok(Ok(Verdict::Unavailable)) if leads => {
+                    return Err(Error::Unavailable(Unavailable::Database));
+                }
+                Ok(Ok(Verdict::Internal) | Err(_)) if leads => return Err(Error::Internal),
+                // The first one met a fault, on its own clock. Ours still runs.
+                Ok(_) => {}
+                Err(_) if leads => return Err(Error::Unavailable(Unavailable::Database)),
+                Err(_) => return Err(Error::KeyInUse),
+            }
+        }
+    }
+
+    /// Joins those that wait for the command's key. The first of them leads:
+    /// its command goes into the queue.
+    fn enter(
+        &self,
+        command: &Arc<CreateCharge>,
+        wait_until: Instant,
+        deadline: Instant,
+    ) -> Result<(bool, oneshot::Receiver<Verdict>), Error> {
+        let (tell, verdict) = oneshot::channel();
+        let mut waiting = self.shared.waiting();
+        match waiting.entry(command.scope.clone()) {
+            Entry::Occupied(mut others) => {
+                others.get_mut().push(tell);
+                Ok((false, verdict))
+            }
+            Entry::Vacant(place) => {
+                let full = Error::Unavailable(Unavailable::QueueFull);
+                let permit = Arc::clone(&self.shared.room)
+                    .try_acquire_owned()
+                    .map_err(|_| full)?;
+                place.insert(vec![tell]);
+                drop(waiting);
+                Job {
+                    command: Arc::clone(command),
+                    wait_until,
+                    deadline,
+                    shared: Arc::clone(&self.shared),
+                    concluded: false,
+                    _permit: permit,
+                }
+                .enqueue();
+                Ok((true, verdict))
+            }
+        }
+    }
+
+    /// Finishes what was taken, for at most `limit`, and ends the tasks, which
+    /// closes their connections. Commands that come from now on are refused.
+    /// Says whether everything was finished.
+    pub async fn shut_down(&self, limit: Duration) -> bool {
+        let all = self.shared.room.acquire_many(self.queue_max);
+        let finished = timeout(limit, all).await.is_ok();
+        self.shared.room.close();
+        let mut tasks =
+            std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
+        tasks.shutdown().await;
+        finished
+    }
+}
+
+impl Shared {
+    fn waiting(&self) -> std::sync::MutexGuard<'_, HashMap<Scope, Vec<oneshot::Sender<Verdict>>>> {
+        // Every change under this lock is a single insert, push or remove, so
+        // a panic elsewhere cannot have left it half done.
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Settled {
+    /// What the row means for whoever sent `command`.
+    fn judge(&self, command: &CreateCharge) -> Result<Reply, Error> {
+        let own = self.charge_id == command.charge.id;
+        if !own && self.fingerprint != command.fingerprint {
+            return Err(if self.fingerprint.is_comparable() {
+                Error::KeyReused
+            } else {
+                Error::Unavailable(Unavailable::NewerRelease)
+            });
+        }
+        Ok(Reply {
+            answer: self.answer.clone(),
+            replayed: !own,
+        })
+    }
+}
+
+impl Job {
+    /// Puts it into the queue, for the first time or again.
+    fn enqueue(self) {
+        let queue = self.shared.queue.clone();
+        // Fails only when no task is left, and then dropping the job tells
+        // those who wait.
+        let _ = queue.send(self);
+    }
+
+    /// Puts it into the queue again after a pause, beside the batch.
+    fn enqueue_after(self, pause: Duration) {
+        tokio::spawn(async move {
+            tokio::time::sleep(pause).await;
+            self.enqueue();
+        });
+    }
+
+    /// Tells all that wait for the key.
+    fn conclude(mut self, verdict: &Verdict) {
+        self.concluded = true;
+        for tell in self.release() {
+            // Whoever hung up does not listen, and that is all right.
+            let _ = tell.send(verdict.clone());
+        }
+    }
+
+    fn release(&self) -> Vec<oneshot::Sender<Verdict>> {
+        self.shared
+            .waiting()
+            .remove(&self.command.scope)
+            .unwrap_or_default()
+    }
+}
+
+impl Drop for Job {
+    /// A job that is lost in a panic or at the shutdown's deadline leaves
+    /// nobody waiting: the closed channel tells them.
+    fn drop(&mut self) {
+        // Once concluded, the key may be somebody else's already.
+        if !self.concluded {
+            drop(self.release());
+        }
+    }
+}

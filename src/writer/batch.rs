@@ -1,0 +1,308 @@
+//! Takes batches from the queue and sees each through, whatever comes.
+
+use std::{sync::Arc, time::Duration};
+
+use rand::RngExt;
+use sqlx::{Connection, PgConnection};
+use tokio::{
+    sync::{Mutex, mpsc},
+    time::Instant,
+};
+use tracing::{debug, error, warn};
+
+use super::{Job, Options, Settled, Verdict};
+use crate::{
+    charges::{self, Claimed, CreateCharge},
+    db::{self, Trouble, backoff, describe},
+    idempotency::{Scope, store},
+    ids::RequestId,
+};
+
+/// How long one attempt at a batch may take. More than the server's
+/// `statement_timeout`, so that a slow statement is told from a dead connection,
+/// and short enough for a second attempt within a request's deadline.
+const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(4);
+
+/// What an attempt found out about one command.
+type Found = Result<Arc<Settled>, Held>;
+
+/// Another transaction holds the command's key.
+struct Held;
+
+/// One writing task: a connection, and the batches that go over it.
+struct Task {
+    options: Arc<Options>,
+    /// Opened when it is needed, and dropped after whatever makes it doubtful.
+    conn: Option<PgConnection>,
+}
+
+/// Takes batches, forever.
+pub(super) async fn run(jobs: Arc<Mutex<mpsc::UnboundedReceiver<Job>>>, options: Arc<Options>) {
+    let mut task = Task {
+        conn: None,
+        options,
+    };
+    loop {
+        let mut batch = Vec::new();
+        // Held while waiting, so that the tasks take turns and one gets all
+        // that is there.
+        if jobs
+            .lock()
+            .await
+            .recv_many(&mut batch, task.options.batch_max)
+            .await
+            == 0
+        {
+            return;
+        }
+        task.see_through(batch).await;
+    }
+}
+
+impl Task {
+    /// Has every job of the batch concluded or back in the queue.
+    async fn see_through(&mut self, batch: Vec<Job>) {
+        let mut parts = vec![batch];
+        while let Some(part) = parts.pop() {
+            if let Some((first, second)) = self.see_part_through(part).await {
+                // The first half is tried first: it has waited longest.
+                parts.extend([second, first]);
+            }
+        }
+    }
+
+    /// Has every job concluded or back in the queue, or gives the halves to try
+    /// apart.
+    async fn see_part_through(&mut self, mut part: Vec<Job>) -> Option<(Vec<Job>, Vec<Job>)> {
+        let mut pauses = backoff();
+        loop {
+            part = give_up_late(part);
+            if part.is_empty() {
+                return None;
+            }
+            let error = match self.attempt(&part).await {
+                Ok(found) => {
+                    for (job, found) in part.into_iter().zip(found) {
+                        match found {
+                            Ok(row) => job.conclude(&Verdict::Row(row)),
+                            Err(Held) => come_back_later(job),
+                        }
+                    }
+                    return None;
+                }
+                Err(error) => error,
+            };
+            let trouble = Trouble::of(&error);
+            warn!(error = %describe(&error), ?trouble, batch_len = part.len(), "a batch failed");
+            match trouble {
+                Trouble::Passing => {
+                    self.conn = None;
+                    // It may be our own transaction that holds the keys now.
+                    for job in &mut part {
+                        job.wait_until = job.deadline;
+                    }
+                    tokio::time::sleep(pauses.next().unwrap_or_default()).await;
+                }
+                Trouble::Exhausted | Trouble::Misconfigured => {
+                    self.conn = None;
+                    for job in part {
+                        job.conclude(&Verdict::Unavailable);
+                    }
+                    return None;
+                }
+                Trouble::TimedOut | Trouble::Refused if part.len() > 1 => {
+                    let second = part.split_off(part.len() / 2);
+                    return Some((part, second));
+                }
+                Trouble::TimedOut => {
+                    part.into_iter().for_each(come_back_later);
+                    return None;
+                }
+                Trouble::Refused => {
+                    for job in part {
+                        error!(
+                            error = %describe(&error),
+                            account_id = %job.command.scope.account_id,
+                            charge_id = %job.command.charge.id,
+                            "the database refuses a command"
+                        );
+                        job.conclude(&Verdict::Internal);
+                    }
+                    return None;
+                }
+            }
+        }
+    }
+
+    /// One transaction for all. What comes back is committed.
+    ///
+    /// On an error nothing of it is kept here; on the server it may have been
+    /// committed if the error came from the connection.
+    async fn attempt(&mut self, part: &[Job]) -> Result<Vec<Found>, sqlx::Error> {
+        let commands: Vec<&CreateCharge> = part.iter().map(|job| &*job.command).collect();
+        let ttl = self.options.answer_ttl.as_secs_f64();
+        let mut conn = match self.conn.take() {
+            Some(conn) => conn,
+            None => db::connect(&self.options.connect).await?,
+        };
+        let result = db::within(ATTEMPT_TIMEOUT, async {
+            let mut transaction = conn.begin().await?;
+            let found = write(&mut transaction, &commands, ttl).await?;
+            transaction.commit().await?;
+            Ok(found)
+        })
+        .await;
+        // A connection on which an attempt was cut off is in the middle of
+        // something; one that only brought an error from the server is not.
+        if !matches!(&result, Err(error) if Trouble::of(error) == Trouble::Passing) {
+            self.conn = Some(conn);
+        }
+        debug!(batch_len = part.len(), ok = result.is_ok(), "batch");
+        result
+    }
+}
+
+/// Concludes the jobs whose time is up.
+fn give_up_late(part: Vec<Job>) -> Vec<Job> {
+    let now = Instant::now();
+    let (late, rest): (Vec<_>, Vec<_>) = part.into_iter().partition(|job| job.deadline <= now);
+    for job in late {
+        job.conclude(&Verdict::Unavailable);
+    }
+    rest
+}
+
+/// Another transaction is at the key: asks again in a moment, until the wait
+/// has passed.
+fn come_back_later(job: Job) {
+    let pause = Duration::from_millis(rand::rng().random_range(10..=25));
+    if Instant::now() + pause < job.wait_until {
+        job.enqueue_after(pause);
+    } else {
+        job.conclude(&Verdict::InUse);
+    }
+}
+
+/// The statements between `begin` and `commit`; the table of round trips in the
+/// module's doc is this function.
+async fn write(
+    conn: &mut PgConnection,
+    commands: &[&CreateCharge],
+    ttl: f64,
+) -> Result<Vec<Found>, sqlx::Error> {
+    let mut claims = charges::claim_and_insert(conn, commands, ttl).await?;
+    let mut found: Vec<Found> = commands.iter().map(|_| Err(Held)).collect();
+
+    let taken: Vec<usize> = positions(&claims, Option::is_none);
+    if !taken.is_empty() {
+        let rows = store::read(conn, &scopes(commands, &taken)).await?;
+        let mut expired = Vec::new();
+        for (&i, row) in taken.iter().zip(rows) {
+            match row {
+                Some(row) if row.expired => expired.push(i),
+                Some(store::KeyRow {
+                    fingerprint,
+                    charge_id,
+                    answer: Some(answer),
+                    ..
+                }) => {
+                    found[i] = Ok(Arc::new(Settled {
+                        fingerprint,
+                        charge_id,
+                        answer,
+                    }));
+                }
+                // Claimed and not answered, or not to be seen yet, or purged
+                // this very moment: all of them pass.
+                Some(store::KeyRow { answer: None, .. }) | None => {}
+            }
+        }
+        if !expired.is_empty() {
+            claim_expired(conn, commands, expired, &mut claims, ttl).await?;
+        }
+    }
+
+    for (i, claim) in claims.iter().enumerate() {
+        if *claim == Some(Claimed::Charged) {
+            let command = commands[i];
+            found[i] = Ok(Arc::new(Settled {
+                fingerprint: command.fingerprint,
+                charge_id: command.charge.id,
+                answer: command.answer.clone(),
+            }));
+        }
+    }
+
+    let existing = positions(&claims, |claim| *claim == Some(Claimed::ChargeExists));
+    if !existing.is_empty() {
+        let rows = answer_from_charges(conn, &scopes(commands, &existing), ttl).await?;
+        for (i, row) in existing.into_iter().zip(rows) {
+            found[i] = Ok(Arc::new(row));
+        }
+    }
+    Ok(found)
+}
+
+/// Takes keys over whose answers have expired: frees them and claims them anew.
+/// Those that somebody else is at stay unclaimed.
+async fn claim_expired(
+    conn: &mut PgConnection,
+    commands: &[&CreateCharge],
+    expired: Vec<usize>,
+    claims: &mut [Option<Claimed>],
+    ttl: f64,
+) -> Result<(), sqlx::Error> {
+    let freed = store::free_expired(conn, &scopes(commands, &expired)).await?;
+    let freed: Vec<usize> = expired
+        .into_iter()
+        .zip(freed)
+        .filter_map(|(i, freed)| freed.then_some(i))
+        .collect();
+    let again: Vec<&CreateCharge> = freed.iter().map(|&i| commands[i]).collect();
+    let claimed = charges::claim_and_insert(conn, &again, ttl).await?;
+    for (i, claim) in freed.into_iter().zip(claimed) {
+        claims[i] = claim;
+    }
+    Ok(())
+}
+
+/// Makes the rows of these keys, which this transaction claimed, say what the
+/// charges say that carry the keys already.
+async fn answer_from_charges(
+    conn: &mut PgConnection,
+    scopes: &[&Scope],
+    ttl: f64,
+) -> Result<Vec<Settled>, sqlx::Error> {
+    let charges = charges::by_key(conn, scopes).await?;
+    let mut settled = Vec::with_capacity(scopes.len());
+    for charge in charges {
+        // The claim met it a moment ago, and charges are never deleted.
+        let (fingerprint, charge) = charge.ok_or(sqlx::Error::RowNotFound)?;
+        let answer = charge.answer(RequestId::new());
+        settled.push(Settled {
+            fingerprint,
+            charge_id: charge.id,
+            answer,
+        });
+    }
+    let rows: Vec<_> = scopes
+        .iter()
+        .zip(&settled)
+        .map(|(scope, row)| (*scope, row.fingerprint, row.charge_id, &row.answer))
+        .collect();
+    store::replace(conn, &rows, ttl).await?;
+    Ok(settled)
+}
+
+fn positions<T>(items: &[T], matches: impl Fn(&T) -> bool) -> Vec<usize> {
+    items
+        .iter()
+        .enumerate()
+        .filter(|(_, item)| matches(item))
+        .map(|(i, _)| i)
+        .collect()
+}
+
+fn scopes<'a>(commands: &[&'a CreateCharge], positions: &[usize]) -> Vec<&'a Scope> {
+    positions.iter().map(|&i| &commands[i].scope).collect()
+}
