@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1
 FROM rust:1-slim-trixie AS build
 WORKDIR /build
 COPY . .

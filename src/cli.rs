@@ -178,8 +178,7 @@ async fn open(database: &Database) -> Result<PgConnection, Failure> {
 }
 
 async fn migrate(database: &Database) -> Result<(), Failure> {
-    let url = &database.database_url;
-    let options = db::plain_options(url).map_err(db::Unfit::from)?;
+    let options = db::connect_options(&database.database_url).map_err(db::Unfit::from)?;
     let mut conn = db::connect(&options).await.map_err(db::Unfit::from)?;
     MIGRATOR.run(&mut conn).await?;
     conn.close().await?;

@@ -48,21 +48,19 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// of five seconds when an account has been remembered for four.
 pub const READ_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// The options for a connection to `url`, as all of the service's are made.
+/// The options for a connection to `url`.
 ///
 /// # Errors
 /// If the URL is none, without repeating it: it holds a password.
 pub fn connect_options(url: &str) -> Result<PgConnectOptions, sqlx::Error> {
-    plain_options(url).map(|options| options.options(SESSION.iter().copied()))
+    PgConnectOptions::from_str(url).map(|options| options.application_name("payonce"))
 }
 
-/// The options for a connection to `url` without the session's settings: a
-/// migration may take its time.
-///
-/// # Errors
-/// If the URL is none, without repeating it: it holds a password.
-pub fn plain_options(url: &str) -> Result<PgConnectOptions, sqlx::Error> {
-    PgConnectOptions::from_str(url).map(|options| options.application_name("payonce"))
+/// The same with the settings of the service's sessions, which bound how long
+/// a statement may take. A migration or a command of an operator goes without.
+#[must_use]
+pub fn for_service(options: PgConnectOptions) -> PgConnectOptions {
+    options.options(SESSION.iter().copied())
 }
 
 /// The pool that reads go to. It connects when it is first used.

@@ -28,7 +28,9 @@ const START_PATIENCE: Duration = Duration::from_secs(10);
 /// # Errors
 /// What keeps the service from starting, or that it was cut off at the end.
 pub async fn run(config: Serve) -> Result<(), Failure> {
-    let options = db::connect_options(&config.database.database_url).map_err(Unfit::from)?;
+    let options = db::connect_options(&config.database.database_url)
+        .map(db::for_service)
+        .map_err(Unfit::from)?;
     wait_until_fit(&options).await?;
 
     let pool = db::pool(options.clone(), config.pool_size);

@@ -1,1 +1,16 @@
+//! The promises, one file each, over the real router and a real PostgreSQL.
 
+mod support;
+
+mod accounts_are_apart;
+mod commands;
+mod durable;
+mod errors;
+mod faults_burn_no_key;
+mod in_flight;
+mod lists;
+mod one_charge_per_key;
+mod other_request_refused;
+mod plans;
+mod purge;
+mod same_answer;

@@ -1,0 +1,196 @@
+//! Promise 6: a fault never burns a key. After it the same key is always the
+//! right one to ask again with.
+
+use std::time::{Duration, Instant};
+
+use futures::future::join_all;
+use serde_json::json;
+use sqlx::PgPool;
+
+use crate::support::{Service, Settings, count, eventually, proxy::Proxy};
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_validation_error_is_not_stored(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    for body in [
+        json!({"amount": -1, "currency": "usd"}),
+        json!({"amount": 5000, "currency": "usd", "customer": "cus_ABC123", "source": "tok_nothing"}),
+    ] {
+        let wrong = service
+            .post("/v1/charges", "order_1")
+            .json(&body)
+            .send()
+            .await;
+        assert_eq!(wrong.status, 400);
+    }
+    assert_eq!(count(&pool, "idempotency_keys").await, 0);
+    let right = service.charge("order_1").send().await;
+    assert_eq!(right.status, 200);
+    assert!(!right.is_replayed());
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_poisoned_command_fails_alone_and_its_key_works_again(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    sqlx::query("alter table charges add constraint poison check (amount not in (666, 667))")
+        .execute(&pool)
+        .await
+        .unwrap();
+    let charge = |i: i64| {
+        let amount = match i {
+            33 => 666,
+            77 => 667,
+            _ => 5000,
+        };
+        service
+            .post("/v1/charges", &format!("order_{i}"))
+            .json(&json!({"amount": amount, "currency": "usd"}))
+            .send()
+    };
+    let replies = join_all((0..100).map(charge)).await;
+    for (i, reply) in replies.iter().enumerate() {
+        if matches!(i, 33 | 77) {
+            reply.assert_error(500, "internal");
+            assert_eq!(reply.headers["stripe-should-retry"], "true");
+            assert!(!reply.body.contains("poison"), "it tells of our insides");
+        } else {
+            assert_eq!(reply.status, 200, "{reply:?}");
+        }
+    }
+    assert_eq!(service.count_charges().await, 98);
+    assert_eq!(count(&pool, "idempotency_keys").await, 98);
+
+    sqlx::query("alter table charges drop constraint poison")
+        .execute(&pool)
+        .await
+        .unwrap();
+    let healed = charge(33).await;
+    assert_eq!(healed.status, 200);
+    assert!(!healed.is_replayed());
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_full_queue_refuses_at_once_and_the_key_works_later(pool: PgPool) {
+    let settings = Settings {
+        queue_max: 4,
+        batch_max: 2,
+        ..Settings::default()
+    };
+    let service = Service::start_with(&pool, settings).await;
+    let blocker = pool
+        .begin_with("begin; lock table charges in share mode")
+        .await
+        .unwrap();
+    let requests: Vec<_> = (0..20)
+        .map(|i| tokio::spawn(service.charge(&format!("order_{i}")).send()))
+        .collect();
+    let full = || async {
+        requests
+            .iter()
+            .filter(|request| request.is_finished())
+            .count()
+            == 16
+    };
+    eventually(
+        "all that find no place are refused while the others wait",
+        full,
+    )
+    .await;
+    blocker.rollback().await.unwrap();
+    let replies: Vec<_> = join_all(requests)
+        .await
+        .into_iter()
+        .map(Result::unwrap)
+        .collect();
+    let (taken, refused): (Vec<_>, Vec<_>) = replies.iter().partition(|reply| reply.status == 200);
+    assert_eq!((taken.len(), refused.len()), (4, 16));
+    for reply in refused {
+        reply.assert_error(503, "unavailable");
+        assert_eq!(reply.headers["retry-after"], "1");
+    }
+    for i in 0..20 {
+        assert_eq!(
+            service.charge(&format!("order_{i}")).send().await.status,
+            200
+        );
+    }
+    assert_eq!(service.count_charges().await, 20);
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_database_that_stays_away_gives_503_and_the_key_works_later(pool: PgPool) {
+    let proxy = Proxy::to(&pool).await;
+    let service = Service::start(&pool).await.behind(&proxy);
+    // Known already, so that the write path is what has to ride it out.
+    assert_eq!(service.charge("order_0").send().await.status, 200);
+    proxy.refuse(true);
+    let started = Instant::now();
+    let (first, duplicate) = futures::future::join(
+        service.charge("order_1").send(),
+        service.charge("order_1").send(),
+    )
+    .await;
+    first.assert_error(503, "unavailable");
+    assert!(
+        started.elapsed() >= Duration::from_secs(9),
+        "it gave up before its deadline"
+    );
+    duplicate.assert_error(409, "idempotency_key_in_use");
+    service
+        .get("/readyz")
+        .send()
+        .await
+        .assert_error(503, "unavailable");
+    assert_eq!(service.get("/healthz").send().await.status, 200);
+
+    proxy.refuse(false);
+    let retry = service.charge("order_1").send().await;
+    assert_eq!(retry.status, 200);
+    assert_eq!(service.count_charges().await, 2);
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_table_that_is_not_there_is_not_ready_and_burns_nothing(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    assert_eq!(service.get("/readyz").send().await.status, 200);
+    sqlx::query("alter table charges rename to elsewhere")
+        .execute(&pool)
+        .await
+        .unwrap();
+    service
+        .charge("order_1")
+        .send()
+        .await
+        .assert_error(503, "unavailable");
+    service
+        .get("/readyz")
+        .send()
+        .await
+        .assert_error(503, "unavailable");
+    sqlx::query("alter table elsewhere rename to charges")
+        .execute(&pool)
+        .await
+        .unwrap();
+    assert_eq!(service.get("/readyz").send().await.status, 200);
+    assert_eq!(service.charge("order_1").send().await.status, 200);
+}
+
+/// A connection that the server ends between two batches is not the client's
+/// problem.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn connections_that_the_server_ends_are_replaced(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    for round in 0..5 {
+        let reply = service.charge(&format!("order_{round}")).send().await;
+        assert_eq!(reply.status, 200);
+        assert!(!reply.is_replayed());
+        sqlx::query(
+            "select pg_terminate_backend(pid) from pg_stat_activity
+             where datname = current_database() and pid <> pg_backend_pid() and application_name = 'payonce'",
+        )
+        .execute(&pool)
+        .await
+        .unwrap();
+    }
+    assert_eq!(service.count_charges().await, 5);
+}

@@ -1,0 +1,112 @@
+//! payonce as a process, reached over TCP, as its users run it.
+
+use std::process::Stdio;
+
+use axum::{body::Body, http::Request};
+use http_body_util::BodyExt;
+use hyper_util::{
+    client::legacy::{Client, connect::HttpConnector},
+    rt::TokioExecutor,
+};
+use serde_json::Value;
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    process::{Child, Command},
+};
+
+use super::Reply;
+
+pub const BINARY: &str = env!("CARGO_BIN_EXE_payonce");
+
+/// `payonce serve` on a free port.
+pub struct Process {
+    child: Child,
+    pub address: String,
+}
+
+impl Process {
+    /// Comes back when it listens.
+    pub async fn serve(database_url: &str) -> Self {
+        let mut child = Command::new(BINARY)
+            .arg("serve")
+            .env("DATABASE_URL", database_url)
+            .env("LISTEN_ADDR", "127.0.0.1:0")
+            .env("LOG_FORMAT", "json")
+            .env_remove("RUST_LOG")
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let address = loop {
+            let line = lines
+                .next_line()
+                .await
+                .unwrap()
+                .expect("it ended before it listened");
+            let event: Value = serde_json::from_str(&line).unwrap_or_default();
+            if event["message"] == "listening" {
+                break event["address"].as_str().unwrap().to_owned();
+            }
+        };
+        // Its log has to go somewhere, or it would wait for us.
+        tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
+        Self { child, address }
+    }
+
+    /// SIGKILL.
+    pub async fn kill(&mut self) {
+        self.child.kill().await.unwrap();
+    }
+
+    /// SIGTERM, and how it ended.
+    pub async fn terminate(mut self) -> std::process::ExitStatus {
+        let pid = self.child.id().unwrap().to_string();
+        assert!(
+            Command::new("kill")
+                .args(["-TERM", &pid])
+                .status()
+                .await
+                .unwrap()
+                .success()
+        );
+        self.child.wait().await.unwrap()
+    }
+}
+
+/// An HTTP client; `Err` is a connection that broke before the answer.
+#[derive(Clone)]
+pub struct HttpClient {
+    client: Client<HttpConnector, Body>,
+    api_key: String,
+}
+
+impl HttpClient {
+    pub fn new(api_key: &str) -> Self {
+        Self {
+            client: Client::builder(TokioExecutor::new()).build_http(),
+            api_key: api_key.to_owned(),
+        }
+    }
+
+    pub async fn charge(
+        &self,
+        address: &str,
+        key: &str,
+    ) -> Result<Reply, Box<dyn std::error::Error + Send + Sync>> {
+        let request = Request::post(format!("http://{address}/v1/charges"))
+            .header("authorization", format!("Bearer {}", self.api_key))
+            .header("idempotency-key", key)
+            .header("content-type", "application/json")
+            .body(Body::from(
+                r#"{"amount":5000,"currency":"usd","customer":"cus_ABC123"}"#,
+            ))?;
+        let (parts, body) = self.client.request(request).await?.into_parts();
+        let body = body.collect().await?.to_bytes();
+        Ok(Reply {
+            status: parts.status,
+            headers: parts.headers,
+            body: String::from_utf8(body.to_vec())?,
+        })
+    }
+}
