@@ -2,8 +2,7 @@
 .PHONY: help run test check fmt prepare bench stop clean-dev
 
 # PostgreSQL is looked for in this order: DATABASE_URL, docker, programs on this
-# machine, its package manager, a PyPI wheel. To try one alone:
-#   make test POSTGRES_WAY=docker|programs|packages|wheel
+# machine, its package manager, a PyPI wheel; see scripts/postgres.
 
 help: ## list the tasks
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1|\2/p' $(firstword $(MAKEFILE_LIST)) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -29,7 +28,7 @@ fmt: ## format the code
 prepare: ## write .sqlx/ anew, after a query or a migration has changed
 	scripts/prepare
 
-bench: ## measure (ARGS='...' goes to scripts/bench)
+bench: ## measure throughput and latency (ARGS='...' goes to scripts/bench)
 	@scripts/bench $(ARGS)
 
 stop: ## stop the PostgreSQL that was started here

@@ -3,11 +3,11 @@
 use std::collections::{BTreeMap, HashMap};
 
 use serde::Serialize;
-use sqlx::{PgConnection, PgPool, types::Json};
+use sqlx::{Executor, FromRow, PgConnection, PgExecutor, types::Json};
 use uuid::Uuid;
 
 use crate::{
-    db::{position, unreadable},
+    db::{Unprepared, position, unreadable},
     error::Error,
     idempotency::{Answer, Fingerprint, Scope},
     ids::{AccountId, ChargeId, RequestId},
@@ -229,6 +229,7 @@ impl<'a> WireOutcome<'a> {
 }
 
 /// A row of `charges`.
+#[derive(sqlx::FromRow)]
 struct Row {
     charge_id: Uuid,
     amount: i64,
@@ -416,14 +417,22 @@ pub async fn by_key(
     conn: &mut PgConnection,
     scopes: &[&Scope],
 ) -> Result<Vec<Option<(Fingerprint, Charge)>>, sqlx::Error> {
+    #[derive(sqlx::FromRow)]
+    struct Found {
+        position: i64,
+        request_hash: Vec<u8>,
+        #[sqlx(flatten)]
+        row: Row,
+    }
+
     // A lateral subquery with a limit cannot be planned as a join that reads
-    // the whole table.
-    let rows = sqlx::query!(
+    // the whole table. Which index it takes is another matter: see `Unprepared`.
+    let query = sqlx::query!(
         r#"
-        select input.position as "position!", charge.charge_id, charge.request_hash,
-            charge.amount, charge.currency, charge.customer, charge.source, charge.description,
-            charge.metadata as "metadata: Json<BTreeMap<String, String>>", charge.capture,
-            charge.status, charge.failure_code, charge.decline_code, charge.failure_message
+        select input.position, charge.charge_id, charge.request_hash, charge.amount,
+            charge.currency, charge.customer, charge.source, charge.description, charge.metadata,
+            charge.capture, charge.status, charge.failure_code, charge.decline_code,
+            charge.failure_message
         from unnest($1::uuid[], $2::text[]) with ordinality as input (account_id, key, position)
         cross join lateral (
             select * from charges
@@ -434,30 +443,13 @@ pub async fn by_key(
         "#,
         &scopes.iter().map(|s| s.account_id.0).collect::<Vec<_>>(),
         &scopes.iter().map(|s| s.key.as_str()).collect::<Vec<_>>() as &[&str],
-    )
-    .fetch_all(conn)
-    .await?;
+    );
     let mut charges = vec![None; scopes.len()];
-    for row in rows {
-        let fingerprint = Fingerprint::from_column(&row.request_hash)
+    for row in conn.fetch_all(Unprepared(query)).await? {
+        let found = Found::from_row(&row)?;
+        let fingerprint = Fingerprint::from_column(&found.request_hash)
             .ok_or_else(|| unreadable("request_hash"))?;
-        charges[position(row.position)] = Some((
-            fingerprint,
-            Charge::try_from(Row {
-                charge_id: row.charge_id,
-                amount: row.amount,
-                currency: row.currency,
-                customer: row.customer,
-                source: row.source,
-                description: row.description,
-                metadata: row.metadata,
-                capture: row.capture,
-                status: row.status,
-                failure_code: row.failure_code,
-                decline_code: row.decline_code,
-                failure_message: row.failure_message,
-            })?,
-        ));
+        charges[position(found.position)] = Some((fingerprint, Charge::try_from(found.row)?));
     }
     Ok(charges)
 }
@@ -468,7 +460,7 @@ pub async fn by_key(
 /// # Errors
 /// What the database said.
 pub async fn find(
-    pool: &PgPool,
+    executor: impl PgExecutor<'_>,
     account_id: AccountId,
     charge_id: ChargeId,
 ) -> Result<Option<Charge>, sqlx::Error> {
@@ -484,7 +476,7 @@ pub async fn find(
         account_id.0,
         charge_id.0,
     )
-    .fetch_optional(pool)
+    .fetch_optional(executor)
     .await?
     .map(Charge::try_from)
     .transpose()
@@ -496,7 +488,7 @@ pub async fn find(
 /// # Errors
 /// What the database said.
 pub async fn list(
-    pool: &PgPool,
+    executor: impl PgExecutor<'_>,
     account_id: AccountId,
     after: Option<ChargeId>,
     limit: i64,
@@ -517,7 +509,7 @@ pub async fn list(
         after.map_or(Uuid::max(), |id| id.0),
         limit,
     )
-    .fetch_all(pool)
+    .fetch_all(executor)
     .await?
     .into_iter()
     .map(Charge::try_from)

@@ -68,7 +68,7 @@ async fn two_replicas_with_the_same_keys_in_another_order_do_not_deadlock(pool: 
 /// Answers that expire at once, so that a retry finds the row expired.
 async fn forgetful(pool: &PgPool) -> Service {
     let settings = Settings {
-        answer_ttl: Duration::from_nanos(1000),
+        answer_ttl: Duration::from_micros(1),
         ..Settings::default()
     };
     Service::start_with(pool, settings).await

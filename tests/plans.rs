@@ -1,1 +1,269 @@
+//! No statement of the service reads a table from end to end, although all of
+//! them were planned while the tables were empty and keep their plans.
 
+use std::{collections::BTreeMap, time::Duration};
+
+use payonce::{
+    accounts,
+    charges::{self, Charge, ChargeRequest, CreateCharge},
+    db,
+    idempotency::{Answer, Fingerprint, Key, Scope, store},
+    ids::{AccountId, ChargeId, RequestId},
+    money::{Amount, Currency},
+    processor::Outcome,
+};
+use sqlx::{Connection, PgConnection, PgPool, Postgres, pool::PoolConnection};
+
+/// After so many executions PostgreSQL settles for a generic plan.
+const UNTIL_GENERIC: usize = 8;
+const ROWS: i64 = 20_000;
+const BATCH: i64 = 64;
+
+fn command(key: &str) -> CreateCharge {
+    let request = ChargeRequest {
+        amount: Amount::new(5000).unwrap(),
+        currency: Currency::from_code("usd").unwrap(),
+        customer: None,
+        source: None,
+        description: None,
+        metadata: BTreeMap::default(),
+        capture: true,
+    };
+    let fingerprint = Fingerprint::new("POST", "/v1/charges", &request);
+    let charge = Charge::decided(request, Outcome::Approved);
+    CreateCharge {
+        scope: Scope {
+            account_id: ACCOUNT,
+            key: Key::from_header(key.as_bytes()).unwrap(),
+        },
+        fingerprint,
+        answer: charge.answer(RequestId::new()),
+        charge,
+    }
+}
+
+const ACCOUNT: AccountId = AccountId(sqlx::types::Uuid::from_u128(7));
+
+/// A connection as the service has them, on which every statement has been
+/// planned for good while the tables were empty.
+struct Planned {
+    writer: PgConnection,
+    reader: PoolConnection<Postgres>,
+    pool: PgPool,
+}
+
+/// Each of the statements once, in a transaction that is rolled back.
+#[derive(Debug, Clone, Copy)]
+enum Statement {
+    ClaimAndInsert,
+    Read,
+    FreeExpired,
+    Replace,
+    ByKey,
+    Find,
+    List,
+    Authenticate,
+    Purge,
+}
+
+/// Those that insert come last: a row that was rolled back leaves a page, and a
+/// table without any is the worst case for a plan.
+const ALL: [Statement; 9] = [
+    Statement::Read,
+    Statement::FreeExpired,
+    Statement::ByKey,
+    Statement::Find,
+    Statement::List,
+    Statement::Authenticate,
+    Statement::Purge,
+    Statement::Replace,
+    Statement::ClaimAndInsert,
+];
+
+impl Statement {
+    /// Runs it, and says how many rows of ours it fetched or read past.
+    async fn run(self, conn: &mut PgConnection) -> i64 {
+        // Old keys, so that there is something to find, and for the claim new ones.
+        let prefix = if matches!(self, Self::ClaimAndInsert) {
+            "new"
+        } else {
+            "old"
+        };
+        let commands: Vec<_> = (1..=BATCH)
+            .map(|i| command(&format!("{prefix}_{i}")))
+            .collect();
+        let scopes: Vec<_> = commands.iter().map(|command| &command.scope).collect();
+        let mut transaction = conn.begin().await.unwrap();
+        let tx = &mut *transaction;
+        let before = rows_read(tx).await;
+        match self {
+            Self::ClaimAndInsert => {
+                let commands: Vec<_> = commands.iter().collect();
+                charges::claim_and_insert(tx, &commands, 60.0)
+                    .await
+                    .map(drop)
+            }
+            Self::Read => store::read(tx, &scopes).await.map(drop),
+            Self::FreeExpired => store::free_expired(tx, &scopes).await.map(drop),
+            Self::Replace => {
+                let answer = Answer {
+                    status: 200,
+                    body: "{}".into(),
+                };
+                let rows: Vec<_> = commands
+                    .iter()
+                    .map(|c| (&c.scope, c.fingerprint, c.charge.id, &answer))
+                    .collect();
+                store::replace(tx, &rows, 60.0).await
+            }
+            Self::ByKey => charges::by_key(tx, &scopes).await.map(drop),
+            Self::Find => charges::find(&mut *tx, ACCOUNT, ChargeId::new())
+                .await
+                .map(drop),
+            Self::List => charges::list(
+                &mut *tx,
+                ACCOUNT,
+                Some(ChargeId(sqlx::types::Uuid::from_u128(5))),
+                10,
+            )
+            .await
+            .map(drop),
+            Self::Authenticate => accounts::authenticate(&mut *tx, [7; 32]).await.map(drop),
+            Self::Purge => payonce::idempotency::purge::run_once(&mut *tx, 10)
+                .await
+                .map(drop),
+        }
+        .unwrap();
+        let touched = rows_read(tx).await - before;
+        transaction.rollback().await.unwrap();
+        touched
+    }
+}
+
+/// How many rows of tables this session has read in all.
+async fn rows_read(conn: &mut PgConnection) -> i64 {
+    sqlx::query_scalar(
+        "select coalesce(sum(seq_tup_read + coalesce(idx_tup_fetch, 0)), 0)::int8 from pg_stat_xact_user_tables",
+    )
+    .fetch_one(conn)
+    .await
+    .unwrap()
+}
+
+impl Planned {
+    async fn on_empty_tables(pool: PgPool) -> Self {
+        // Vacuumed, so that the planner knows that they are empty.
+        for table in ["idempotency_keys", "charges", "api_keys"] {
+            sqlx::query(sqlx::AssertSqlSafe(format!("vacuum analyze {table}")))
+                .execute(&pool)
+                .await
+                .unwrap();
+        }
+        let options = db::for_service((*pool.connect_options()).clone());
+        let writer = PgConnection::connect_with(&options).await.unwrap();
+        let reader = db::pool(options, 1).acquire().await.unwrap();
+        let mut planned = Self {
+            writer,
+            reader,
+            pool,
+        };
+        for statement in ALL {
+            for _ in 0..UNTIL_GENERIC {
+                planned.run(statement).await;
+            }
+        }
+        planned
+    }
+
+    /// Runs it where the service runs it.
+    async fn run(&mut self, statement: Statement) -> i64 {
+        use Statement::{
+            Authenticate, ByKey, ClaimAndInsert, Find, FreeExpired, List, Purge, Read, Replace,
+        };
+        match statement {
+            ClaimAndInsert | Read | FreeExpired | Replace | ByKey => {
+                statement.run(&mut self.writer).await
+            }
+            Find | List | Authenticate | Purge => statement.run(&mut self.reader).await,
+        }
+    }
+
+    /// Without ANALYZE, which would have the plans made anew; autovacuum is kept
+    /// from doing so.
+    async fn grow(&self) {
+        for statement in [
+            "insert into idempotency_keys (account_id, key, request_hash, charge_id, response_status,
+                 response_body, created_at, expires_at)
+             select $1, 'old_' || i, decode(repeat('01', 33), 'hex'), gen_random_uuid(), 200, '{}',
+                 now() - interval '2 days', now() - interval '1 day'
+             from generate_series(1, $2) as i",
+            "insert into charges (account_id, charge_id, idempotency_key, request_hash, amount, currency,
+                 metadata, capture, status, created_at)
+             select $1, gen_random_uuid(), 'old_' || i, decode(repeat('01', 33), 'hex'), 5000, 'usd', '{}',
+                 true, 'succeeded', now()
+             from generate_series(1, $2) as i",
+        ] {
+            sqlx::query(statement).bind(ACCOUNT.0).bind(ROWS).execute(&self.pool).await.unwrap();
+        }
+        sqlx::query("insert into accounts (account_id, name) values ($1, 'a merchant')")
+            .bind(ACCOUNT.0)
+            .execute(&self.pool)
+            .await
+            .unwrap();
+        sqlx::query(
+            "insert into api_keys (account_id, api_key_id, secret_hash)
+             select $1, gen_random_uuid(), sha256(int8send(i)) from generate_series(1, $2) as i",
+        )
+        .bind(ACCOUNT.0)
+        .bind(ROWS)
+        .execute(&self.pool)
+        .await
+        .unwrap();
+    }
+}
+
+/// Indexes that cost the same are told apart by the order in which they were
+/// made, and a restored dump has another order than the migrations.
+const REMADE: [&str; 3] = [
+    "select",
+    "alter table charges drop constraint charges_pkey;
+     alter table charges add constraint charges_pkey primary key (account_id, charge_id);
+     alter table idempotency_keys drop constraint idempotency_keys_pkey;
+     alter table idempotency_keys add constraint idempotency_keys_pkey primary key (account_id, key)",
+    "alter table charges drop constraint charges_idempotency_key_key;
+     alter table charges add constraint charges_idempotency_key_key unique (account_id, idempotency_key);
+     drop index idempotency_keys_expires_at_idx;
+     create index idempotency_keys_expires_at_idx on idempotency_keys (expires_at)",
+];
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_statement_planned_on_empty_tables_uses_the_index_when_they_have_grown(pool: PgPool) {
+    sqlx::raw_sql(
+        "alter table idempotency_keys set (autovacuum_enabled = off);
+         alter table charges set (autovacuum_enabled = off);
+         alter table api_keys set (autovacuum_enabled = off)",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    for remade in REMADE {
+        sqlx::raw_sql("truncate idempotency_keys, charges, api_keys, accounts")
+            .execute(&pool)
+            .await
+            .unwrap();
+        sqlx::raw_sql(remade).execute(&pool).await.unwrap();
+        let mut planned = Planned::on_empty_tables(pool.clone()).await;
+        planned.grow().await;
+        for statement in ALL {
+            let run = planned.run(statement);
+            let touched = tokio::time::timeout(Duration::from_mins(1), run)
+                .await
+                .unwrap();
+            // A few rows per command, as against all 20,000.
+            assert!(
+                touched <= 4 * BATCH,
+                "{statement:?} read {touched} rows after {remade}"
+            );
+        }
+    }
+}

@@ -9,7 +9,7 @@
 
 use std::time::Duration;
 
-use sqlx::PgPool;
+use sqlx::{PgExecutor, PgPool};
 use tracing::{debug, warn};
 
 /// Rows of one step. Large enough that the steps' commits do not count, small
@@ -20,7 +20,7 @@ pub const STEP_ROWS: i64 = 1000;
 ///
 /// # Errors
 /// What the database said; nothing was deleted then.
-pub async fn run_once(pool: &PgPool, limit: i64) -> Result<u64, sqlx::Error> {
+pub async fn run_once(executor: impl PgExecutor<'_>, limit: i64) -> Result<u64, sqlx::Error> {
     // By ctid: the subquery walks along the index on expires_at, and nothing
     // here can be planned as a join. A row that changed meanwhile has another
     // ctid, which this statement's snapshot cannot see, and stays.
@@ -38,7 +38,7 @@ pub async fn run_once(pool: &PgPool, limit: i64) -> Result<u64, sqlx::Error> {
         "#,
         limit,
     )
-    .execute(pool)
+    .execute(executor)
     .await?;
     Ok(done.rows_affected())
 }

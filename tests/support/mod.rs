@@ -100,6 +100,19 @@ impl Service {
         }
     }
 
+    /// The same replica, that has forgotten who its callers are.
+    pub fn with_cold_callers(&self) -> Self {
+        let app = App {
+            callers: Callers::new(self.app.pool.clone()),
+            ..self.app.clone()
+        };
+        Self {
+            router: router(app.clone()),
+            app,
+            ..self.clone()
+        }
+    }
+
     /// The same replica, spoken to by another account.
     pub async fn other_account(&self) -> Self {
         let (account_id, api_key) = make_account(&self.pool).await;
