@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use axum::{
     Router,
-    extract::Path,
+    extract::{Path, rejection::PathRejection},
     http::{StatusCode, header},
     middleware::from_fn,
     response::{IntoResponse, Response},
@@ -55,7 +55,8 @@ pub fn router(app: App) -> Router {
 }
 
 /// `GET /errors/{code}`: what an error's `type` and `doc_url` point to.
-async fn explain(Path(code): Path<String>) -> Result<Response, Error> {
+async fn explain(code: Result<Path<String>, PathRejection>) -> Result<Response, Error> {
+    let Path(code) = code.map_err(|_| Error::RouteUnknown)?;
     let entry = CATALOGUE
         .iter()
         .find(|entry| entry.code == code)

@@ -1,6 +1,6 @@
 //! The binary: reads the command line, starts logging, runs the command.
 
-use std::process::ExitCode;
+use std::{io::IsTerminal, process::ExitCode};
 
 use payonce::{cli::Cli, config::LogFormat};
 use tracing_subscriber::EnvFilter;
@@ -39,9 +39,11 @@ fn start_logging(format: LogFormat) {
     let filter = std::env::var("RUST_LOG")
         .ok()
         .filter(|directives| !directives.is_empty())
-        .unwrap_or_else(|| "info".to_owned());
+        // A second `migrate` makes PostgreSQL notice that the tables are there.
+        .unwrap_or_else(|| "info,sqlx::postgres::notice=warn".to_owned());
     let lines = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(filter))
+        .with_ansi(std::io::stderr().is_terminal())
         .with_writer(std::io::stderr);
     match format {
         LogFormat::Text => lines.init(),

@@ -1,1 +1,347 @@
+//! The commands, as they are typed.
 
+use std::{process::Output, time::Duration};
+
+use sqlx::{ConnectOptions, Connection, PgConnection, PgPool};
+use tokio::process::Command;
+
+use payonce::db;
+
+use crate::support::{
+    Service, count, eventually,
+    postgres::Cluster,
+    process::{BINARY, HttpClient, Process},
+};
+
+fn url(pool: &PgPool) -> String {
+    pool.connect_options().to_url_lossy().to_string()
+}
+
+/// In an empty directory, so that no `.env` of a developer plays a part.
+fn payonce(arguments: &[&str]) -> Command {
+    let mut command = Command::new(BINARY);
+    command
+        .args(arguments)
+        .current_dir(std::env::temp_dir())
+        .env_remove("RUST_LOG")
+        .env_remove("DATABASE_URL");
+    command
+}
+
+async fn run(pool: &PgPool, arguments: &[&str]) -> Output {
+    payonce(arguments)
+        .env("DATABASE_URL", url(pool))
+        .output()
+        .await
+        .unwrap()
+}
+
+async fn succeed(pool: &PgPool, arguments: &[&str]) -> String {
+    let output = run(pool, arguments).await;
+    assert!(output.status.success(), "{arguments:?}: {output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// What a failed command says: one line, on standard error.
+async fn fail(pool: &PgPool, arguments: &[&str]) -> String {
+    let output = run(pool, arguments).await;
+    assert!(!output.status.success(), "{arguments:?}: {output:?}");
+    assert!(output.stdout.is_empty());
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(said.lines().count(), 1, "{said}");
+    said
+}
+
+fn field<'a>(output: &'a str, name: &str) -> &'a str {
+    output
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '))
+        .unwrap_or_else(|| panic!("no {name} in {output:?}"))
+}
+
+#[sqlx::test(migrations = false)]
+async fn from_an_empty_database_to_a_charge(pool: PgPool) {
+    for command in [&["serve"][..], &["account", "create", "shop"], &["purge"]] {
+        let said = fail(&pool, command).await;
+        assert!(said.contains("`payonce migrate`"), "{said}");
+    }
+    succeed(&pool, &["migrate"]).await;
+    succeed(&pool, &["migrate"]).await;
+    let made = succeed(&pool, &["account", "create", "shop"]).await;
+    assert_eq!(made.lines().count(), 2);
+    let (account, api_key) = (field(&made, "account"), field(&made, "api_key"));
+
+    let process = Process::serve(&url(&pool)).await;
+    let reply = HttpClient::new(api_key)
+        .charge(&process.address, "order_1")
+        .await
+        .unwrap();
+    assert_eq!(reply.status, 200);
+    assert!(process.terminate().await.success());
+
+    let checked = payonce(&["api-key", "check"])
+        .env("DATABASE_URL", url(&pool))
+        .env("PAYONCE_API_KEY", api_key)
+        .output()
+        .await
+        .unwrap();
+    assert_eq!(
+        String::from_utf8(checked.stdout).unwrap(),
+        format!("account {account}\n")
+    );
+    let wrong = payonce(&["api-key", "check"])
+        .env("DATABASE_URL", url(&pool))
+        .env("PAYONCE_API_KEY", format!("sk_test_{}", "x".repeat(32)))
+        .output()
+        .await
+        .unwrap();
+    assert!(!wrong.status.success());
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_revoked_api_key_is_dead_within_five_seconds_and_the_others_live(pool: PgPool) {
+    let made = succeed(&pool, &["account", "create", "shop"]).await;
+    let (account, first) = (field(&made, "account"), field(&made, "api_key"));
+    let made = succeed(&pool, &["api-key", "create", account]).await;
+    let (second_id, second) = (field(&made, "api_key_id"), field(&made, "api_key"));
+    assert_eq!(
+        succeed(&pool, &["api-key", "list", account])
+            .await
+            .matches(" active\n")
+            .count(),
+        2
+    );
+
+    let service = Service::start(&pool).await;
+    let with = |api_key: &str| {
+        service
+            .stranger("GET", "/v1/charges")
+            .header("authorization", &format!("Bearer {api_key}"))
+            .send()
+    };
+    assert_eq!(with(second).await.status, 200);
+    succeed(&pool, &["api-key", "revoke", second_id]).await;
+    let revoked = std::time::Instant::now();
+    // Kept busy, so that being used does not keep it alive.
+    let dead = || async { with(second).await.status == 401 };
+    eventually("the key is dead", dead).await;
+    assert!(revoked.elapsed() < Duration::from_secs(5));
+    assert_eq!(with(first).await.status, 200);
+
+    let list = succeed(&pool, &["api-key", "list", account]).await;
+    assert_eq!(
+        (
+            list.matches(" active\n").count(),
+            list.matches(" revoked ").count()
+        ),
+        (1, 1),
+        "{list}"
+    );
+    assert!(!list.contains(first) && !list.contains(second));
+    succeed(&pool, &["api-key", "revoke", second_id]).await;
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_mistake_is_named(pool: PgPool) {
+    let nobody = "acct_00000000000000000000000000000000";
+    assert!(
+        fail(&pool, &["api-key", "create", nobody])
+            .await
+            .contains(nobody)
+    );
+    assert!(
+        fail(&pool, &["api-key", "list", nobody])
+            .await
+            .contains(nobody)
+    );
+    let no_key = "ak_00000000000000000000000000000000";
+    assert!(
+        fail(&pool, &["api-key", "revoke", no_key])
+            .await
+            .contains(no_key)
+    );
+
+    for (arguments, variable, value, named) in [
+        (&["serve"][..], "ANSWER_TTL", "soon", "--answer-ttl"),
+        (&["serve"], "ANSWER_TTL", "0s", "--answer-ttl"),
+        (&["serve"], "DUPLICATE_WAIT", "11s", "--duplicate-wait"),
+        (&["serve"], "BATCH_MAX", "0", "--batch-max"),
+        (&["serve"], "QUEUE_MAX", "-1", "--queue-max"),
+        (&["serve"], "POOL_SIZE", "many", "--pool-size"),
+        (&["serve"], "LOG_FORMAT", "xml", "--log-format"),
+        (
+            &["serve"],
+            "LISTEN_ADDR",
+            "nowhere",
+            "cannot listen on nowhere",
+        ),
+        (
+            &["serve"],
+            "LISTEN_ADDR",
+            "127.0.0.1:99999",
+            "cannot listen on 127.0.0.1:99999",
+        ),
+        (&["api-key", "list", "42"], "X", "x", "acct_"),
+        (&["account", "create", " "], "X", "x", "1 to 200 characters"),
+    ] {
+        let output = payonce(arguments)
+            .env("DATABASE_URL", url(&pool))
+            .env(variable, value)
+            .output()
+            .await
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success());
+        assert!(said.contains(named), "{variable}={value}: {said}");
+    }
+    let output = payonce(&["serve"]).output().await.unwrap();
+    assert!(
+        String::from_utf8(output.stderr)
+            .unwrap()
+            .contains("--database-url")
+    );
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_password_is_not_repeated(pool: PgPool) {
+    let (host, port) = (
+        pool.connect_options().get_host().to_owned(),
+        pool.connect_options().get_port(),
+    );
+    for url in [
+        format!("postgres://payonce:hunter2@{host}:{port}/nowhere"),
+        "postgres://payonce:hunter2@host:port/x".to_owned(),
+    ] {
+        for arguments in [&["serve"][..], &["migrate"], &["serve", "--help"]] {
+            let output = payonce(arguments)
+                .env("DATABASE_URL", &url)
+                .output()
+                .await
+                .unwrap();
+            let said = format!("{output:?}");
+            assert!(!said.contains("hunter2"), "{said}");
+        }
+    }
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn an_empty_variable_counts_as_unset(pool: PgPool) {
+    let made = payonce(&["account", "create", "shop"])
+        .env("DATABASE_URL", url(&pool))
+        .env("LOG_FORMAT", "")
+        .env("RUST_LOG", "")
+        .output()
+        .await
+        .unwrap();
+    assert!(made.status.success(), "{made:?}");
+    let missing = payonce(&["migrate"])
+        .env("DATABASE_URL", "")
+        .output()
+        .await
+        .unwrap();
+    assert!(
+        String::from_utf8(missing.stderr)
+            .unwrap()
+            .contains("required")
+    );
+    let mut serve = payonce(&["serve"]);
+    for variable in [
+        "ANSWER_TTL",
+        "DUPLICATE_WAIT",
+        "BATCH_MAX",
+        "QUEUE_MAX",
+        "POOL_SIZE",
+        "PURGE_INTERVAL",
+        "SHUTDOWN_TIMEOUT",
+    ] {
+        serve.env(variable, "");
+    }
+    // It gets as far as the address, so all the others were taken as unset.
+    let output = serve
+        .env("DATABASE_URL", url(&pool))
+        .env("LISTEN_ADDR", "nowhere")
+        .output()
+        .await
+        .unwrap();
+    assert!(
+        String::from_utf8(output.stderr)
+            .unwrap()
+            .contains("cannot listen on nowhere")
+    );
+}
+
+#[tokio::test]
+async fn every_setting_stands_in_the_help_and_in_the_example() {
+    let help = payonce(&["serve", "--help"]).output().await.unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    let example = include_str!("../.env.example");
+    let variables: Vec<_> = help
+        .split("[env: ")
+        .skip(1)
+        .map(|rest| rest.split(['=', ']']).next().unwrap())
+        .collect();
+    assert!(variables.len() >= 10, "{help}");
+    for variable in variables {
+        assert!(
+            example.contains(&format!("{variable}=")),
+            "{variable} is missing in .env.example"
+        );
+    }
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn purge_says_how_much_it_did(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    for i in 0..3 {
+        service.charge(&format!("order_{i}")).send().await;
+    }
+    sqlx::query("update idempotency_keys set expires_at = now() where key <> 'order_0'")
+        .execute(&pool)
+        .await
+        .unwrap();
+    let output = run(&pool, &["purge"]).await;
+    assert!(
+        String::from_utf8(output.stderr)
+            .unwrap()
+            .contains("purged 2 expired answers")
+    );
+    assert_eq!(count(&pool, "idempotency_keys").await, 1);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_can_lose_charges_is_refused() {
+    for (name, setting) in [
+        ("test-fsync", "fsync=off"),
+        ("test-fpw", "full_page_writes=off"),
+    ] {
+        let cluster = Cluster::start_with(name, &["-c", setting]).await;
+        let output = payonce(&["serve"])
+            .env("DATABASE_URL", &cluster.url)
+            .output()
+            .await
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && said.contains(setting), "{said}");
+    }
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_session_without_our_settings_is_refused(pool: PgPool) {
+    let plain = (*pool.connect_options()).clone();
+    let mut conn = PgConnection::connect_with(&plain).await.unwrap();
+    let refused = db::check(&mut conn).await;
+    assert!(
+        matches!(
+            refused,
+            Err(db::Unfit::SettingIgnored {
+                name: "lock_timeout",
+                ..
+            })
+        ),
+        "{refused:?}"
+    );
+    let mut conn = PgConnection::connect_with(&db::for_service(plain))
+        .await
+        .unwrap();
+    db::check(&mut conn).await.unwrap();
+}

@@ -1,7 +1,7 @@
 //! `/v1/charges`: the request's parameters, and the handlers.
 
 use axum::{
-    extract::{Path, RawQuery, State},
+    extract::{Path, RawQuery, State, rejection::PathRejection},
     http::{HeaderValue, StatusCode, header},
     response::Response,
 };
@@ -91,11 +91,13 @@ pub(super) async fn create(
 pub(super) async fn retrieve(
     State(app): State<App>,
     caller: Caller,
-    Path(id): Path<String>,
+    id: Result<Path<String>, PathRejection>,
     RawQuery(query): RawQuery,
 ) -> Result<Response, Error> {
     Params::from_form(query.unwrap_or_default().as_bytes())?.finish()?;
     let missing = Error::ResourceMissing { param: None };
+    // A path that is not UTF-8 names no charge.
+    let Path(id) = id.map_err(|_| missing.clone())?;
     let id: ChargeId = id.parse().map_err(|_| missing.clone())?;
     let charge = find(&app, caller, id).await?.ok_or(missing)?;
     Ok(json(StatusCode::OK, charge.to_json()))

@@ -15,9 +15,14 @@ pub struct Cluster {
 impl Cluster {
     /// A new one, with our tables.
     pub async fn start(name: &str) -> Self {
+        Self::start_with(name, &[]).await
+    }
+
+    /// The same with settings of its own: `-c name=value`.
+    pub async fn start_with(name: &str, settings: &[&str]) -> Self {
         // A test that was killed may have left one of the same name behind.
         script(&["remove", name]);
-        let url = script(&["start", name]);
+        let url = script(&[&["start", name], settings].concat());
         let cluster = Self {
             name: name.to_owned(),
             url,
