@@ -12,7 +12,7 @@ use crate::{
     db,
     idempotency::purge,
     ids::{AccountId, ApiKeyId},
-    serve,
+    serve, storm,
 };
 
 /// A payments service whose charges happen once, however often they are asked for.
@@ -50,6 +50,8 @@ enum Task {
     ApiKey(ApiKeyTask),
     /// Remove expired answers now, until none is left
     Purge(Database),
+    /// Attack a running service the way real networks do, and audit it
+    Storm(Box<storm::Options>),
 }
 
 #[derive(Debug, Subcommand)]
@@ -146,6 +148,7 @@ impl Cli {
                 check_api_key(&database, &api_key).await
             }
             Task::Purge(database) => purge_now(&database).await,
+            Task::Storm(options) => storm::run(*options).await,
         }
     }
 }

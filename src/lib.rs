@@ -7,6 +7,7 @@
 //! | --- | --- |
 //! | [`cli`], [`config`] | the commands and their settings |
 //! | [`serve`] | starts the parts, and ends them in order |
+//! | [`storm`] | attacks a running service, and audits it |
 //! | [`http`] | bytes to commands, answers to bytes |
 //! | [`writer`] | takes commands, writes them many to a transaction, answers after COMMIT |
 //! | [`charges`], [`accounts`], [`idempotency`] | the words of the domain, and the SQL of their tables |
@@ -28,6 +29,7 @@ pub mod ids;
 pub mod money;
 pub mod processor;
 pub mod serve;
+pub mod storm;
 pub mod writer;
 
 /// The schema, step by step; `sqlx migrate run` and `payonce migrate` apply it.

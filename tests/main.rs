@@ -14,3 +14,4 @@ mod other_request_refused;
 mod plans;
 mod purge;
 mod same_answer;
+mod storm;

@@ -1,0 +1,156 @@
+//! The storm: attacks a running service the way real networks do, and audits it.
+//!
+//! It plays customers who each want to pay once, through clients that ask again
+//! under the same key when an answer is lost. Between the clients and the
+//! service stands a proxy that delays, drops, cuts, duplicates and lies. Then it
+//! asks every key once more, reads all charges through the API, and counts:
+//! double charges, lost charges, answers that differ from the first, keys
+//! without an answer. All four have to be 0.
+//!
+//! The seed decides what each customer wants and does, and what happens to each
+//! of its requests; it does not decide the order in which they run.
+//!
+//! | module | what it is |
+//! | --- | --- |
+//! | `script` | what a seed makes of a customer and of a request |
+//! | `proxy` | the faults between client and service |
+//! | `ledger` | every request that reached the service, and what came back |
+//! | `customers` | the clients, and how they retry |
+//! | `audit` | the questions afterwards, to the API and to the tables |
+//! | `report` | the verdict, for people and for programs |
+
+mod audit;
+mod customers;
+mod ledger;
+mod proxy;
+mod report;
+mod script;
+
+use std::{sync::Arc, time::Duration};
+
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use rand::RngExt;
+
+use crate::cli::Failure;
+use customers::Shop;
+use ledger::Ledger;
+use proxy::FaultProxy;
+use script::Weather;
+
+/// How the storm blows.
+#[derive(Debug, Clone, Args)]
+pub struct Options {
+    /// Where the service is; several are replicas of one deployment
+    #[arg(long = "target", default_value = "http://127.0.0.1:8080", value_name = "URL", value_parser = target)]
+    targets: Vec<String>,
+
+    /// Whose charges they are
+    #[arg(
+        long,
+        env = "PAYONCE_API_KEY",
+        hide_env_values = true,
+        value_name = "KEY"
+    )]
+    api_key: String,
+
+    /// How many customers want to pay once
+    #[arg(long, default_value_t = 1000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
+    customers: u32,
+
+    /// How many of them at a time
+    #[arg(long, default_value_t = 64, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    concurrency: u32,
+
+    /// Decides customers and faults; a new one is drawn and printed if it is not given
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+
+    /// How likely what is
+    #[command(flatten)]
+    weather: Weather,
+
+    /// How long a customer goes on asking
+    #[arg(long, default_value = "60s", value_parser = humantime::parse_duration, value_name = "DURATION")]
+    patience: Duration,
+
+    /// Print one JSON object instead of a table
+    #[arg(long)]
+    json: bool,
+
+    /// Audit the tables too. Not taken from the environment
+    #[arg(long, value_name = "URL", hide_env_values = true)]
+    database_url: Option<String>,
+
+    /// Write every request that reached the service, and what came back, a line
+    /// of JSON each, for a linearizability checker
+    #[arg(long, value_name = "FILE")]
+    history: Option<std::path::PathBuf>,
+}
+
+fn target(text: &str) -> Result<String, String> {
+    let url = reqwest::Url::parse(text).map_err(|error| error.to_string())?;
+    if !matches!(url.scheme(), "http" | "https") || url.host().is_none() {
+        return Err("it has to be like http://127.0.0.1:8080".to_owned());
+    }
+    Ok(text.trim_end_matches('/').to_owned())
+}
+
+/// Blows, audits, and prints the verdict.
+///
+/// # Errors
+/// If one of the four counts is not 0, or the service cannot be reached at all.
+pub async fn run(options: Options) -> Result<(), Failure> {
+    // Fails only if a provider is there already, and then there is one.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let seed = options.seed.unwrap_or_else(|| rand::rng().random());
+    // A deployment remembers keys: each run has its own.
+    let mark = format!("{:08x}", rand::rng().random::<u32>());
+    eprintln!(
+        "storm: seed {seed}, mark {mark}, {} customers",
+        options.customers
+    );
+
+    let ledger = Arc::new(Ledger::new());
+    let service = Arc::new(proxy::Service::new(
+        options.targets.clone(),
+        &options.api_key,
+        Arc::clone(&ledger),
+    )?);
+    service.is_there().await?;
+    let proxy = FaultProxy::start(Arc::clone(&service)).await?;
+    let shop = Arc::new(Shop::new(
+        &options,
+        seed,
+        &mark,
+        proxy.address,
+        Arc::clone(&ledger),
+    )?);
+
+    let progress = bar(u64::from(options.customers), "customers");
+    let results = shop.open(&progress).await;
+    progress.finish_and_clear();
+
+    let progress = bar(u64::from(options.customers), "keys audited");
+    let findings = audit::run(&shop, &service, &options, &progress).await?;
+    progress.finish_and_clear();
+
+    if let Some(file) = &options.history {
+        ledger
+            .write(file)
+            .map_err(|error| format!("cannot write {}: {error}", file.display()))?;
+    }
+    let report = report::Report::new(seed, &mark, &shop, &ledger, results, findings);
+    report.print(options.json)?;
+    report.verdict().map_err(Into::into)
+}
+
+/// Only where somebody looks at a terminal; indicatif finds out by itself.
+fn bar(length: u64, what: &'static str) -> ProgressBar {
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} {msg}, {eta} left");
+    let bar = ProgressBar::new(length).with_message(what);
+    match style {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
+}

@@ -1,0 +1,289 @@
+//! The verdict, for people and for programs.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+    io::Write as _,
+};
+
+use serde::Serialize;
+
+use super::{
+    audit::Findings,
+    customers::{Results, Shop},
+    ledger::{Ledger, Said},
+    script::Fate,
+};
+use crate::cli::Failure;
+
+/// How many customers are named in the table; the JSON names all.
+const NAMED: usize = 10;
+
+/// Everything that is printed. `--json` prints it as it stands here.
+#[derive(Debug, Serialize)]
+pub struct Report {
+    seed: u64,
+    mark: String,
+    customers: u32,
+    seconds: f64,
+    requests_sent: u64,
+    requests_by_fate: BTreeMap<&'static str, u64>,
+    /// Requests that the service got, the audit's not counted; what came back.
+    answers_by_status: BTreeMap<String, u64>,
+    charges_made: usize,
+    double_charges: usize,
+    lost_charges: usize,
+    differing_answers: usize,
+    unanswered_keys: usize,
+    guilty: Guilty,
+    /// What the tables say, if they were asked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    table_findings: Option<Vec<String>>,
+    latency_ms: Latency,
+    without_keys: WithoutKeys,
+}
+
+/// Whom it happened to.
+#[derive(Debug, Serialize)]
+struct Guilty {
+    double_charges: Vec<String>,
+    lost_charges: Vec<String>,
+    differing_answers: Vec<String>,
+    unanswered_keys: Vec<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Latency {
+    p50: f64,
+    p90: f64,
+    p99: f64,
+    max: f64,
+}
+
+/// The same requests at a service that charges for each that it sees.
+#[derive(Debug, Serialize)]
+struct WithoutKeys {
+    charges: u64,
+    customers_charged_twice: u64,
+    /// In the currency's minor unit.
+    overcharged: i64,
+}
+
+impl Report {
+    pub fn new(
+        seed: u64,
+        mark: &str,
+        shop: &Shop,
+        ledger: &Ledger,
+        results: Results,
+        findings: Findings,
+    ) -> Self {
+        let names =
+            |customers: &BTreeSet<u32>| customers.iter().map(|&n| shop.customer_id(n)).collect();
+        Self {
+            seed,
+            mark: mark.to_owned(),
+            customers: shop.customers,
+            seconds: results.took.as_secs_f64(),
+            requests_sent: results.fates.iter().sum(),
+            requests_by_fate: Fate::ALL
+                .into_iter()
+                .map(Fate::name)
+                .zip(results.fates)
+                .collect(),
+            answers_by_status: answers_by_status(shop, ledger, &results),
+            charges_made: findings.charges,
+            double_charges: findings.double.len(),
+            lost_charges: findings.lost.len(),
+            differing_answers: findings.differing.len(),
+            unanswered_keys: findings.unanswered.len(),
+            guilty: Guilty {
+                double_charges: names(&findings.double),
+                lost_charges: names(&findings.lost),
+                differing_answers: names(&findings.differing),
+                unanswered_keys: names(&findings.unanswered),
+            },
+            table_findings: findings.tables,
+            without_keys: without_keys(shop, ledger, &results),
+            latency_ms: Latency::of(results.latencies_ms),
+        }
+    }
+
+    /// To standard output.
+    pub fn print(&self, json: bool) -> Result<(), Failure> {
+        let text = if json {
+            serde_json::to_string(self)? + "\n"
+        } else {
+            self.table()
+        };
+        Ok(std::io::stdout().write_all(text.as_bytes())?)
+    }
+
+    /// The one line that decides the exit code.
+    pub fn verdict(&self) -> Result<(), String> {
+        let counts = self.counts();
+        let wrong: Vec<_> = counts
+            .iter()
+            .filter(|(_, count, _)| *count > 0)
+            .map(|(name, count, _)| format!("{count} {name}"))
+            .collect();
+        let tables = self.table_findings.as_ref().map_or(0, Vec::len);
+        if wrong.is_empty() && tables == 0 {
+            return Ok(());
+        }
+        let mut line = wrong.join(", ");
+        if tables > 0 {
+            let _ = write!(
+                line,
+                "{}{tables} findings in the tables",
+                if line.is_empty() { "" } else { ", " }
+            );
+        }
+        Err(format!("the storm found {line} (seed {})", self.seed))
+    }
+
+    fn counts(&self) -> [(&'static str, usize, &[String]); 4] {
+        [
+            (
+                "double charges",
+                self.double_charges,
+                &self.guilty.double_charges,
+            ),
+            ("lost charges", self.lost_charges, &self.guilty.lost_charges),
+            (
+                "differing answers",
+                self.differing_answers,
+                &self.guilty.differing_answers,
+            ),
+            (
+                "unanswered keys",
+                self.unanswered_keys,
+                &self.guilty.unanswered_keys,
+            ),
+        ]
+    }
+
+    fn table(&self) -> String {
+        let mut out = String::new();
+        let mut row = |name: &str, value: String| {
+            let _ = writeln!(out, "{name:<28}{value:>14}");
+        };
+        row("seed", self.seed.to_string());
+        row("customers", self.customers.to_string());
+        row("seconds", format!("{:.1}", self.seconds));
+        row("requests sent", self.requests_sent.to_string());
+        for (fate, count) in &self.requests_by_fate {
+            row(&format!("  {}", fate.replace('_', " ")), count.to_string());
+        }
+        row(
+            "answers of the service",
+            self.answers_by_status.values().sum::<u64>().to_string(),
+        );
+        for (status, count) in &self.answers_by_status {
+            row(&format!("  {status}"), count.to_string());
+        }
+        row("latency p50, ms", format!("{:.1}", self.latency_ms.p50));
+        row("latency p90, ms", format!("{:.1}", self.latency_ms.p90));
+        row("latency p99, ms", format!("{:.1}", self.latency_ms.p99));
+        row("latency max, ms", format!("{:.1}", self.latency_ms.max));
+        row("charges made", self.charges_made.to_string());
+        row("without keys", String::new());
+        row("  charges", self.without_keys.charges.to_string());
+        row(
+            "  customers charged twice",
+            self.without_keys.customers_charged_twice.to_string(),
+        );
+        row(
+            "  overcharged, cents",
+            self.without_keys.overcharged.to_string(),
+        );
+        for (name, count, _) in self.counts() {
+            row(name, count.to_string());
+        }
+        if let Some(findings) = &self.table_findings {
+            row("findings in the tables", findings.len().to_string());
+        }
+        for (name, count, customers) in self.counts() {
+            if count > 0 {
+                let _ = writeln!(out, "{name}: {}", named(customers));
+            }
+        }
+        for finding in self.table_findings.iter().flatten().take(NAMED) {
+            let _ = writeln!(out, "in the tables: {finding}");
+        }
+        out
+    }
+}
+
+fn named(customers: &[String]) -> String {
+    let mut names = customers[..customers.len().min(NAMED)].join(", ");
+    if customers.len() > NAMED {
+        let _ = write!(names, " and {} more", customers.len() - NAMED);
+    }
+    names
+}
+
+fn answers_by_status(shop: &Shop, ledger: &Ledger, results: &Results) -> BTreeMap<String, u64> {
+    let mut counts = BTreeMap::new();
+    for customer in 0..shop.customers {
+        for operation in ledger
+            .operations(customer)
+            .iter()
+            .filter(|o| o.called <= results.closed_at)
+        {
+            let name = match &operation.said {
+                Said::Answer(answer) => answer.status.to_string(),
+                Said::Reused => "422".to_owned(),
+                Said::Refused(status) => status.to_string(),
+                Said::Unknown if operation.returned.is_some() => "409 or 5xx".to_owned(),
+                Said::Unknown => "none".to_owned(),
+            };
+            *counts.entry(name).or_default() += 1;
+        }
+    }
+    counts
+}
+
+fn without_keys(shop: &Shop, ledger: &Ledger, results: &Results) -> WithoutKeys {
+    let mut sum = WithoutKeys {
+        charges: 0,
+        customers_charged_twice: 0,
+        overcharged: 0,
+    };
+    for customer in 0..shop.customers {
+        let script = shop.dice.customer(customer);
+        if script.declines {
+            continue;
+        }
+        let operations = ledger.operations(customer);
+        let mut amounts = operations
+            .iter()
+            .filter(|operation| operation.called <= results.closed_at)
+            .map(|operation| script.amount + i64::from(operation.cart));
+        sum.charges += u64::from(amounts.next().is_some());
+        let more: Vec<_> = amounts.collect();
+        sum.charges += more.len() as u64;
+        sum.customers_charged_twice += u64::from(!more.is_empty());
+        sum.overcharged += more.iter().sum::<i64>();
+    }
+    sum
+}
+
+impl Latency {
+    fn of(mut sorted: Vec<f64>) -> Self {
+        sorted.sort_unstable_by(f64::total_cmp);
+        let at = |per_mille: usize| {
+            let index = sorted.len() * per_mille / 1000;
+            sorted
+                .get(index.min(sorted.len().saturating_sub(1)))
+                .copied()
+                .unwrap_or_default()
+        };
+        Self {
+            p50: at(500),
+            p90: at(900),
+            p99: at(990),
+            max: at(1000),
+        }
+    }
+}
