@@ -31,6 +31,9 @@ create table charges (
     charge_id uuid not null,
     idempotency_key varchar(255) collate "C" not null,
     request_hash bytea not null,
+    -- Stands in the answer, which can be written again from this row, byte for
+    -- byte, when it has expired.
+    request_id uuid not null,
     amount bigint not null,
     currency text not null,
     customer text,

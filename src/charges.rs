@@ -62,6 +62,8 @@ impl Status {
 pub struct Charge {
     /// Given out when the request was parsed.
     pub id: ChargeId,
+    /// The exchange in which it was made.
+    pub request_id: RequestId,
     /// What was asked for.
     pub request: ChargeRequest,
     /// What became of it.
@@ -86,13 +88,14 @@ pub struct CreateCharge {
 impl Charge {
     /// A charge that the processor has decided on.
     #[must_use]
-    pub fn decided(request: ChargeRequest, outcome: Outcome) -> Self {
+    pub fn decided(request: ChargeRequest, outcome: Outcome, request_id: RequestId) -> Self {
         let status = match outcome {
             Outcome::Approved => Status::Succeeded,
             Outcome::Declined(decline) => Status::Failed(decline),
         };
         Self {
             id: ChargeId::new(),
+            request_id,
             request,
             status,
         }
@@ -104,11 +107,10 @@ impl Charge {
         self.request.capture && self.status == Status::Succeeded
     }
 
-    /// What the client that asked for this charge is told. The same charge and
-    /// request id give the same bytes, so an answer that has expired can be
-    /// written again from the charge.
+    /// What the client that asked for this charge is told. The same charge gives
+    /// the same bytes, so an answer that has expired can be written again.
     #[must_use]
-    pub fn answer(&self, request_id: RequestId) -> Answer {
+    pub fn answer(&self) -> Answer {
         match &self.status {
             Status::Failed(decline) => {
                 let error = Error::Declined {
@@ -117,7 +119,7 @@ impl Charge {
                 };
                 Answer {
                     status: error.entry().status,
-                    body: error.body(request_id).into(),
+                    body: error.body(self.request_id).into(),
                 }
             }
             Status::Pending | Status::Succeeded => Answer {
@@ -232,6 +234,7 @@ impl<'a> WireOutcome<'a> {
 #[derive(sqlx::FromRow)]
 struct Row {
     charge_id: Uuid,
+    request_id: Uuid,
     amount: i64,
     currency: String,
     customer: Option<String>,
@@ -263,6 +266,7 @@ impl TryFrom<Row> for Charge {
         };
         Ok(Self {
             id: ChargeId(row.charge_id),
+            request_id: RequestId(row.request_id),
             request: ChargeRequest {
                 amount: Amount::new(row.amount).ok_or_else(|| unreadable("amount"))?,
                 currency: Currency::from_code(&row.currency)
@@ -322,11 +326,11 @@ pub async fn claim_and_insert(
             select * from unnest(
                 $1::uuid[], $2::text[], $3::bytea[], $4::uuid[], $5::int2[], $6::text[],
                 $7::int8[], $8::text[], $9::text[], $10::text[], $11::text[], $12::text[],
-                $13::bool[], $14::text[], $15::text[], $16::text[], $17::text[], $18::timestamptz[]
+                $13::bool[], $14::text[], $15::text[], $16::text[], $17::text[], $18::timestamptz[], $20::uuid[]
             ) as input (
                 account_id, key, request_hash, charge_id, response_status, response_body,
                 amount, currency, customer, source, description, metadata,
-                capture, status, failure_code, decline_code, failure_message, created_at
+                capture, status, failure_code, decline_code, failure_message, created_at, request_id
             )
         ),
         claimed as (
@@ -347,12 +351,12 @@ pub async fn claim_and_insert(
             insert into charges (
                 account_id, charge_id, idempotency_key, request_hash, amount, currency, customer,
                 source, description, metadata, capture, status, failure_code, decline_code,
-                failure_message, created_at
+                failure_message, created_at, request_id
             )
             select
                 account_id, charge_id, input.key, request_hash, amount, currency, customer,
                 source, description, metadata::jsonb, capture, status, failure_code, decline_code,
-                failure_message, input.created_at
+                failure_message, input.created_at, request_id
             from input
             join claimed using (account_id, charge_id)
             where claimed.key = input.key collate "C"
@@ -382,6 +386,7 @@ pub async fn claim_and_insert(
         &column!(c => failure(c).map(|d| d.message)) as &[Option<String>],
         &column!(c => c.charge.id.created_at()),
         answer_ttl_seconds,
+        &column!(c => c.charge.request_id.0),
     )
     .fetch_all(conn)
     .await?;
@@ -429,7 +434,7 @@ pub async fn by_key(
     // the whole table. Which index it takes is another matter: see `Unprepared`.
     let query = sqlx::query!(
         r#"
-        select input.position, charge.charge_id, charge.request_hash, charge.amount,
+        select input.position, charge.charge_id, charge.request_id, charge.request_hash, charge.amount,
             charge.currency, charge.customer, charge.source, charge.description, charge.metadata,
             charge.capture, charge.status, charge.failure_code, charge.decline_code,
             charge.failure_message
@@ -467,7 +472,7 @@ pub async fn find(
     sqlx::query_as!(
         Row,
         r#"
-        select charge_id, amount, currency, customer, source, description,
+        select charge_id, request_id, amount, currency, customer, source, description,
             metadata as "metadata: Json<BTreeMap<String, String>>", capture,
             status, failure_code, decline_code, failure_message
         from charges
@@ -496,7 +501,7 @@ pub async fn list(
     sqlx::query_as!(
         Row,
         r#"
-        select charge_id, amount, currency, customer, source, description,
+        select charge_id, request_id, amount, currency, customer, source, description,
             metadata as "metadata: Json<BTreeMap<String, String>>", capture,
             status, failure_code, decline_code, failure_message
         from charges

@@ -111,14 +111,14 @@ async fn another_path_under_the_same_key_is_refused(pool: PgPool) {
         capture: true,
     };
     let to = |path: &str| {
-        let charge = Charge::decided(request.clone(), Outcome::Approved);
+        let charge = Charge::decided(request.clone(), Outcome::Approved, RequestId::new());
         CreateCharge {
             scope: Scope {
                 account_id: service.account_id,
                 key: Key::from_header(b"order_1").unwrap(),
             },
             fingerprint: Fingerprint::new("POST", path, &request),
-            answer: charge.answer(RequestId::new()),
+            answer: charge.answer(),
             charge,
         }
     };

@@ -30,14 +30,14 @@ fn command(key: &str) -> CreateCharge {
         capture: true,
     };
     let fingerprint = Fingerprint::new("POST", "/v1/charges", &request);
-    let charge = Charge::decided(request, Outcome::Approved);
+    let charge = Charge::decided(request, Outcome::Approved, RequestId::new());
     CreateCharge {
         scope: Scope {
             account_id: ACCOUNT,
             key: Key::from_header(key.as_bytes()).unwrap(),
         },
         fingerprint,
-        answer: charge.answer(RequestId::new()),
+        answer: charge.answer(),
         charge,
     }
 }
@@ -197,9 +197,9 @@ impl Planned {
              select $1, 'old_' || i, decode(repeat('01', 33), 'hex'), gen_random_uuid(), 200, '{}',
                  now() - interval '2 days', now() - interval '1 day'
              from generate_series(1, $2) as i",
-            "insert into charges (account_id, charge_id, idempotency_key, request_hash, amount, currency,
+            "insert into charges (account_id, charge_id, idempotency_key, request_hash, request_id, amount, currency,
                  metadata, capture, status, created_at)
-             select $1, gen_random_uuid(), 'old_' || i, decode(repeat('01', 33), 'hex'), 5000, 'usd', '{}',
+             select $1, gen_random_uuid(), 'old_' || i, decode(repeat('01', 33), 'hex'), gen_random_uuid(), 5000, 'usd', '{}',
                  true, 'succeeded', now()
              from generate_series(1, $2) as i",
         ] {

@@ -76,8 +76,8 @@ pub(super) async fn create(
             "must be one of Stripe's test tokens, such as tok_visa.",
         )
     })?;
-    let charge = Charge::decided(request, outcome);
-    let answer = charge.answer(request_id);
+    let charge = Charge::decided(request, outcome, request_id);
+    let answer = charge.answer();
     let command = CreateCharge {
         scope,
         fingerprint,

@@ -15,7 +15,6 @@ use crate::{
     charges::{self, Claimed, CreateCharge},
     db::{self, Trouble, backoff, describe},
     idempotency::{Scope, store},
-    ids::RequestId,
 };
 
 /// How long one attempt at a batch may take. More than the server's
@@ -278,7 +277,7 @@ async fn answer_from_charges(
     for charge in charges {
         // The claim met it a moment ago, and charges are never deleted.
         let (fingerprint, charge) = charge.ok_or(sqlx::Error::RowNotFound)?;
-        let answer = charge.answer(RequestId::new());
+        let answer = charge.answer();
         settled.push(Settled {
             fingerprint,
             charge_id: charge.id,
