@@ -259,7 +259,7 @@ async fn check_api_key(database: &Database, api_key: &str) -> Result<(), Failure
 
 async fn purge_now(database: &Database) -> Result<(), Failure> {
     open(database).await?.close().await?;
-    let pool = db::pool(db::connect_options(&database.database_url)?, 1);
+    let pool = db::Server::direct(db::connect_options(&database.database_url)?).pool(1);
     let count = purge::run_until_done(&pool).await?;
     eprintln!("purged {count} expired answers");
     Ok(())

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use clap::{Args, ValueEnum};
+use clap::{ArgAction, Args, ValueEnum};
 
 use crate::http::command::WAIT_MAX;
 
@@ -50,6 +50,11 @@ pub struct Serve {
     /// Connections for reads; writes have two of their own
     #[arg(long, env = "POOL_SIZE", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
     pub pool_size: u32,
+
+    /// Set to true if `DATABASE_URL` leads to PgBouncer in transaction mode, or
+    /// a pooler like it; costs a little speed
+    #[arg(long, env = "TRANSACTION_POOLER", default_value_t = false, num_args = 0..=1, require_equals = true, default_missing_value = "true", action = ArgAction::Set, value_name = "BOOL")]
+    pub transaction_pooler: bool,
 
     /// How often expired answers are purged
     #[arg(long, env = "PURGE_INTERVAL", default_value = "1m", value_parser = positive, value_name = "DURATION")]

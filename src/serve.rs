@@ -14,7 +14,7 @@ use tracing::{info, warn};
 use crate::{
     cli::Failure,
     config::Serve,
-    db::{self, Trouble, Unfit},
+    db::{self, Server, Trouble, Unfit},
     http::{self, App, caller::Callers},
     idempotency::purge,
     writer::{self, Writer},
@@ -28,14 +28,17 @@ const START_PATIENCE: Duration = Duration::from_secs(10);
 /// # Errors
 /// What keeps the service from starting, or that it was cut off at the end.
 pub async fn run(config: Serve) -> Result<(), Failure> {
-    let options = db::connect_options(&config.database.database_url)
-        .map(db::for_service)
-        .map_err(Unfit::from)?;
-    wait_until_fit(&options).await?;
+    let options = db::connect_options(&config.database.database_url).map_err(Unfit::from)?;
+    let server = if config.transaction_pooler {
+        Server::behind_pooler(options)
+    } else {
+        Server::direct(options)
+    };
+    wait_until_fit(&server).await?;
 
-    let pool = db::pool(options.clone(), config.pool_size);
+    let pool = server.pool(config.pool_size);
     let writer = Writer::start(writer::Options {
-        connect: options,
+        server,
         batch_max: config.batch_max.into(),
         queue_max: config.queue_max,
         answer_ttl: config.answer_ttl,
@@ -110,15 +113,11 @@ async fn deadline(mut stopping: watch::Receiver<Option<Instant>>) {
 
 /// A database that starts together with the service is waited for; one that
 /// cannot be served from is not.
-async fn wait_until_fit(options: &sqlx::postgres::PgConnectOptions) -> Result<(), Unfit> {
+async fn wait_until_fit(server: &Server) -> Result<(), Unfit> {
     let end = Instant::now() + START_PATIENCE;
     let mut pauses = db::backoff();
     loop {
-        let result = match db::connect(options).await {
-            Ok(mut conn) => db::check(&mut conn).await,
-            Err(error) => Err(error.into()),
-        };
-        match result {
+        match db::check(server).await {
             Err(Unfit::Unreachable(error))
                 if Trouble::of(&error) == Trouble::Passing && Instant::now() < end =>
             {

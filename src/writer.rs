@@ -80,7 +80,6 @@ use std::{
     time::Duration,
 };
 
-use sqlx::postgres::PgConnectOptions;
 use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
     task::JoinSet,
@@ -90,6 +89,7 @@ use tracing::error;
 
 use crate::{
     charges::CreateCharge,
+    db::Server,
     error::{Error, Unavailable},
     idempotency::{Answer, Fingerprint, Scope},
     ids::ChargeId,
@@ -108,7 +108,7 @@ pub const TASKS: usize = 2;
 #[derive(Debug, Clone)]
 pub struct Options {
     /// Where it connects to.
-    pub connect: PgConnectOptions,
+    pub server: Server,
     /// Most commands in one transaction.
     pub batch_max: usize,
     /// Most commands that are queued or running; more are refused with 503.

@@ -2,10 +2,8 @@
 
 use std::{process::Output, time::Duration};
 
-use sqlx::{ConnectOptions, Connection, PgConnection, PgPool};
+use sqlx::{ConnectOptions, PgPool};
 use tokio::process::Command;
-
-use payonce::db;
 
 use crate::support::{
     Service, count, eventually,
@@ -323,25 +321,4 @@ async fn a_server_that_can_lose_charges_is_refused() {
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(!output.status.success() && said.contains(setting), "{said}");
     }
-}
-
-#[sqlx::test(migrator = "payonce::MIGRATOR")]
-async fn a_session_without_our_settings_is_refused(pool: PgPool) {
-    let plain = (*pool.connect_options()).clone();
-    let mut conn = PgConnection::connect_with(&plain).await.unwrap();
-    let refused = db::check(&mut conn).await;
-    assert!(
-        matches!(
-            refused,
-            Err(db::Unfit::SettingIgnored {
-                name: "lock_timeout",
-                ..
-            })
-        ),
-        "{refused:?}"
-    );
-    let mut conn = PgConnection::connect_with(&db::for_service(plain))
-        .await
-        .unwrap();
-    db::check(&mut conn).await.unwrap();
 }

@@ -12,6 +12,7 @@ mod lists;
 mod one_charge_per_key;
 mod other_request_refused;
 mod plans;
+mod pooler;
 mod purge;
 mod same_answer;
 mod storm;

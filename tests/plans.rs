@@ -6,7 +6,7 @@ use std::{collections::BTreeMap, time::Duration};
 use payonce::{
     accounts,
     charges::{self, Charge, ChargeRequest, CreateCharge},
-    db,
+    db::Server,
     idempotency::{Answer, Fingerprint, Key, Scope, store},
     ids::{AccountId, ChargeId, RequestId},
     money::{Amount, Currency},
@@ -159,9 +159,9 @@ impl Planned {
                 .await
                 .unwrap();
         }
-        let options = db::for_service((*pool.connect_options()).clone());
-        let writer = PgConnection::connect_with(&options).await.unwrap();
-        let reader = db::pool(options, 1).acquire().await.unwrap();
+        let server = Server::direct((*pool.connect_options()).clone());
+        let writer = server.connect().await.unwrap();
+        let reader = server.pool(1).acquire().await.unwrap();
         let mut planned = Self {
             writer,
             reader,

@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use rand::RngExt;
-use sqlx::{Connection, PgConnection};
+use sqlx::PgConnection;
 use tokio::{
     sync::{Mutex, mpsc},
     time::Instant,
@@ -142,10 +142,10 @@ impl Task {
         let ttl = self.options.answer_ttl.as_secs_f64();
         let mut conn = match self.conn.take() {
             Some(conn) => conn,
-            None => db::connect(&self.options.connect).await?,
+            None => self.options.server.connect().await?,
         };
         let result = db::within(ATTEMPT_TIMEOUT, async {
-            let mut transaction = conn.begin().await?;
+            let mut transaction = self.options.server.begin(&mut conn).await?;
             let found = write(&mut transaction, &commands, ttl).await?;
             transaction.commit().await?;
             Ok(found)

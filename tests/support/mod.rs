@@ -1,5 +1,6 @@
 //! What the tests share: a service on a database of its own, and requests to it.
 
+pub mod pgbouncer;
 pub mod postgres;
 pub mod process;
 pub mod proxy;
@@ -13,7 +14,8 @@ use axum::{
 };
 use http_body_util::BodyExt;
 use payonce::{
-    accounts, db,
+    accounts,
+    db::Server,
     http::{App, caller::Callers, router},
     ids::AccountId,
     writer::{self, Writer},
@@ -86,6 +88,17 @@ impl Service {
             router: router(app.clone()),
             app,
             settings,
+            ..self.clone()
+        }
+    }
+
+    /// One more replica, that reaches the database through PgBouncer.
+    pub fn behind_pooler(&self, pgbouncer: &pgbouncer::PgBouncer) -> Self {
+        let options = pgbouncer.options(&self.pool.connect_options());
+        let app = app_on(&Server::behind_pooler(options), &self.settings);
+        Self {
+            router: router(app.clone()),
+            app,
             ..self.clone()
         }
     }
@@ -173,14 +186,17 @@ pub async fn count(pool: &PgPool, table: &'static str) -> i64 {
 }
 
 fn app(options: &PgConnectOptions, settings: &Settings) -> App {
-    let options = db::for_service(options.clone());
+    app_on(&Server::direct(options.clone()), settings)
+}
+
+fn app_on(server: &Server, settings: &Settings) -> App {
     let writer = Writer::start(writer::Options {
-        connect: options.clone(),
+        server: server.clone(),
         batch_max: settings.batch_max,
         queue_max: settings.queue_max,
         answer_ttl: settings.answer_ttl,
     });
-    let pool = db::pool(options, settings.pool_size);
+    let pool = server.pool(settings.pool_size);
     App {
         callers: Callers::new(pool.clone()),
         pool,

@@ -27,12 +27,18 @@ pub struct Process {
 impl Process {
     /// Comes back when it listens.
     pub async fn serve(database_url: &str) -> Self {
+        Self::serve_with(database_url, &[]).await
+    }
+
+    /// The same with settings of its own, by their variables.
+    pub async fn serve_with(database_url: &str, settings: &[(&str, &str)]) -> Self {
         let mut child = Command::new(BINARY)
             .arg("serve")
             .env("DATABASE_URL", database_url)
             .env("LISTEN_ADDR", "127.0.0.1:0")
             .env("LOG_FORMAT", "json")
             .env_remove("RUST_LOG")
+            .envs(settings.iter().copied())
             .stderr(Stdio::piped())
             .kill_on_drop(true)
             .spawn()

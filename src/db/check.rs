@@ -1,0 +1,194 @@
+//! Whether a server is one that our promises can be kept on.
+
+use sqlx::{PgConnection, PgPool, migrate::Migrate};
+use tracing::warn;
+
+use super::{Server, Trouble, describe, server::SESSION};
+use crate::MIGRATOR;
+
+/// Why a server is not one to serve from.
+#[derive(Debug, thiserror::Error)]
+pub enum Unfit {
+    /// It could not be asked.
+    #[error("cannot reach PostgreSQL: {}", describe(.0))]
+    Unreachable(sqlx::Error),
+    /// A pooler does not take our session's settings.
+    #[error(
+        "there is a pooler before PostgreSQL that refuses our session settings: behind PgBouncer in transaction mode start with --transaction-pooler (TRANSACTION_POOLER=true); commands other than serve need a direct DATABASE_URL"
+    )]
+    BehindPooler,
+    /// Tables are missing.
+    #[error(
+        "the database lacks {missing} of {total} migrations; run `payonce migrate` (or `sqlx migrate run`) first"
+    )]
+    NotMigrated {
+        /// How many.
+        missing: usize,
+        /// Of how many.
+        total: usize,
+    },
+    /// A crash could lose what was acknowledged, or nothing can be written.
+    #[error("PostgreSQL runs with {setting}, and {consequence}")]
+    Unsafe {
+        /// The setting as it is.
+        setting: &'static str,
+        /// What could happen.
+        consequence: &'static str,
+    },
+    /// Something between us and the server drops our settings.
+    #[error(
+        "the session setting {name} is not in force (it is {actual}): a pooler in between drops it; behind PgBouncer in transaction mode start with --transaction-pooler (TRANSACTION_POOLER=true)"
+    )]
+    SettingIgnored {
+        /// Which one.
+        name: &'static str,
+        /// What the server says it is.
+        actual: String,
+    },
+}
+
+impl From<sqlx::Error> for Unfit {
+    fn from(error: sqlx::Error) -> Self {
+        // PgBouncer's word for what PostgreSQL takes.
+        let refused = error
+            .as_database_error()
+            .map(|e| e.message().contains("unsupported startup parameter"));
+        if refused == Some(true) {
+            Self::BehindPooler
+        } else {
+            Self::Unreachable(error)
+        }
+    }
+}
+
+/// Asks the server whether what we promise can be kept on it.
+///
+/// # Errors
+/// The first thing that is in the way.
+pub async fn check(server: &Server) -> Result<(), Unfit> {
+    let mut conn = server.connect().await?;
+    // In a transaction, since behind a pooler the settings hold there alone.
+    let mut transaction = server.begin(&mut conn).await?;
+    check_durability(&mut transaction).await?;
+    check_session(server, &mut transaction).await?;
+    check_migrations(&mut transaction).await?;
+    transaction.rollback().await?;
+    Ok(())
+}
+
+async fn check_durability(conn: &mut PgConnection) -> Result<(), Unfit> {
+    let server = sqlx::query!(
+        r#"
+        select
+            current_setting('fsync') = 'off' as "no_fsync!",
+            current_setting('full_page_writes') = 'off' as "no_full_page_writes!",
+            current_setting('synchronous_commit') as "synchronous_commit!",
+            pg_is_in_recovery() as "in_recovery!"
+        "#
+    )
+    .fetch_one(conn)
+    .await?;
+    let unsafe_settings = [
+        (
+            server.no_fsync,
+            "fsync=off",
+            "a crash of its machine would lose or break charges",
+        ),
+        (
+            server.no_full_page_writes,
+            "full_page_writes=off",
+            "a crash of its machine could break pages of charges",
+        ),
+        (
+            server.in_recovery,
+            "recovery in progress",
+            "a standby takes no charges: point DATABASE_URL at the primary",
+        ),
+    ];
+    for (met, setting, consequence) in unsafe_settings {
+        if met {
+            return Err(Unfit::Unsafe {
+                setting,
+                consequence,
+            });
+        }
+    }
+    if matches!(server.synchronous_commit.as_str(), "off" | "local") {
+        warn!(
+            synchronous_commit = server.synchronous_commit,
+            "a crash or a failover may lose charges that were acknowledged"
+        );
+    }
+    Ok(())
+}
+
+async fn check_session(server: &Server, conn: &mut PgConnection) -> Result<(), Unfit> {
+    for &(name, expected, of_transactions) in SESSION {
+        if server.behind_pooler && !of_transactions {
+            continue;
+        }
+        // Compared by the server, which alone knows that 2 is 2s. The left side
+        // is what is in force, the right side what the start packet asked for.
+        let setting = sqlx::query!(
+            r#"
+            select current_setting($1) as "actual!",
+                current_setting($1) = set_config($1, $2, true) as "same!"
+            "#,
+            name,
+            expected,
+        )
+        .fetch_one(&mut *conn)
+        .await?;
+        if !setting.same {
+            return Err(Unfit::SettingIgnored {
+                name,
+                actual: setting.actual,
+            });
+        }
+    }
+    Ok(())
+}
+
+/// Says how many migrations the database lacks.
+///
+/// # Errors
+/// [`Unfit::NotMigrated`], or that it could not be asked.
+pub async fn check_migrations(conn: &mut PgConnection) -> Result<(), Unfit> {
+    let total = MIGRATOR.iter().count();
+    let applied = match conn.list_applied_migrations("_sqlx_migrations").await {
+        Ok(applied) => applied,
+        Err(sqlx::migrate::MigrateError::Execute(error))
+            if Trouble::of(&error) == Trouble::Misconfigured =>
+        {
+            vec![]
+        }
+        Err(sqlx::migrate::MigrateError::Execute(error)) => return Err(error.into()),
+        Err(other) => return Err(sqlx::Error::Migrate(Box::new(other)).into()),
+    };
+    let missing = MIGRATOR
+        .iter()
+        .filter(|ours| !applied.iter().any(|theirs| theirs.version == ours.version))
+        .count();
+    if missing > 0 {
+        return Err(Unfit::NotMigrated { missing, total });
+    }
+    Ok(())
+}
+
+/// Whether the database can be written to now, as the readiness probe asks it.
+///
+/// # Errors
+/// What the database said; also if a table or a privilege is missing.
+pub async fn ready(pool: &PgPool) -> Result<bool, sqlx::Error> {
+    let mut conn = pool.acquire().await?;
+    sqlx::query_scalar!(
+        r#"
+        select (not pg_is_in_recovery()
+            and has_table_privilege('idempotency_keys', 'insert')
+            and has_table_privilege('charges', 'insert')
+            and has_table_privilege('api_keys', 'select')) as "ready!"
+        "#
+    )
+    .fetch_one(&mut *conn)
+    .await
+}
