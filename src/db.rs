@@ -65,7 +65,10 @@ where
         };
         let trouble = Trouble::of(&error);
         let pause = pauses.next().unwrap_or_default();
-        let again = matches!(trouble, Trouble::Passing | Trouble::TimedOut);
+        let again = matches!(
+            trouble,
+            Trouble::Passing | Trouble::Blocked | Trouble::TimedOut
+        );
         if !again || Instant::now() + pause >= deadline {
             warn!(error = %describe(&error), "a read failed");
             return Err(trouble);

@@ -440,9 +440,11 @@ impl From<BadParameter> for Error {
 impl From<Trouble> for Error {
     fn from(trouble: Trouble) -> Self {
         match trouble {
-            Trouble::Passing | Trouble::Exhausted | Trouble::TimedOut | Trouble::Misconfigured => {
-                Self::Unavailable(Unavailable::Database)
-            }
+            Trouble::Passing
+            | Trouble::Blocked
+            | Trouble::Exhausted
+            | Trouble::TimedOut
+            | Trouble::Misconfigured => Self::Unavailable(Unavailable::Database),
             Trouble::Refused => Self::Internal,
         }
     }

@@ -53,7 +53,7 @@
 //! | --- | --- |
 //! | `Passing` (and a time-out of our own) | the same batch again, on a new connection, with backoff, until the deadline; then 503 |
 //! | `Exhausted`, `Misconfigured` | 503 for all, nothing is split |
-//! | `TimedOut`, `Refused` | the transaction is dropped and the batch halved, down to the one command that is to blame: one that waits for a lock goes back to the queue like any key in use, one that the database refuses gets 500. The others get their answers |
+//! | `Blocked`, `TimedOut`, `Refused` | the transaction is dropped and the batch halved, down to the one command that is to blame: one that waits for a lock goes back to the queue like any key in use, one that takes too long gets 503, one that the database refuses gets 500. The others get their answers |
 //!
 //! After any error the transaction is dropped and never committed: `commit()`
 //! returns `Ok` although a failed transaction was rolled back.

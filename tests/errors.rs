@@ -648,6 +648,22 @@ async fn bad_headers_are_refused(pool: PgPool) {
         .send()
         .await;
     reply.assert_error(413, "body_too_large");
+    // One that breaks off is not too large.
+    let broken = [Ok(" ".to_owned()), Err(std::io::ErrorKind::BrokenPipe)]
+        .map(|part| part.map_err(std::io::Error::from));
+    let broken = axum::body::Body::from_stream(futures::stream::iter(broken));
+    let reply = service
+        .post("/v1/charges", "k")
+        .header("content-type", "application/json")
+        .body(broken)
+        .send()
+        .await;
+    assert_refused(
+        &reply,
+        "parameter_unreadable",
+        None,
+        "a body that breaks off",
+    );
     let mut full = format!(
         "{{{}\"amount\":5000,\"currency\":\"usd\"}}",
         " ".repeat(65_536)

@@ -7,7 +7,10 @@ pub enum Trouble {
     Passing,
     /// Disk or memory are short: nothing that we send again helps.
     Exhausted,
-    /// A statement or a lock took too long: something in the batch waits.
+    /// A lock was not to be had in time: something in the batch waits for
+    /// another transaction.
+    Blocked,
+    /// A statement took too long.
     TimedOut,
     /// Nobody can log in, or the tables are not there: not ready.
     Misconfigured,
@@ -39,7 +42,8 @@ impl Trouble {
             // crashed, or is not up yet.
             "40001" | "40003" | "40P01" | "0A000" | "25P03" | "53300" | "25006" | "57P01"
             | "57P02" | "57P03" | "57P04" | "57P05" => Self::Passing,
-            "55P03" | "57014" => Self::TimedOut,
+            "55P03" => Self::Blocked,
+            "57014" => Self::TimedOut,
             "53100" | "53200" | "58030" => Self::Exhausted,
             "3D000" | "42P01" | "42501" => Self::Misconfigured,
             _ if code.starts_with("08") => Self::Passing,
@@ -80,7 +84,8 @@ mod tests {
                 ][..],
             ),
             (Trouble::Exhausted, &["53100", "53200", "58030"]),
-            (Trouble::TimedOut, &["55P03", "57014"]),
+            (Trouble::Blocked, &["55P03"]),
+            (Trouble::TimedOut, &["57014"]),
             (
                 Trouble::Refused,
                 &[

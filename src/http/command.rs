@@ -7,17 +7,23 @@ use axum::{
     extract::{FromRequest, FromRequestParts, Request},
     http::{HeaderMap, header},
 };
+use http_body_util::LengthLimitError;
 use serde::Serialize;
+use tokio::time::timeout;
 
 use super::{App, caller::Caller, exchange::Exchange, params::Params};
 use crate::{
-    error::{BadParameter, Error},
+    error::{BadParameter, Error, ParameterCode},
     idempotency::{Fingerprint, Key, MalformedKey, Scope},
     ids::RequestId,
 };
 
 /// The largest body, in bytes.
 pub const BODY_MAX: usize = 64 * 1024;
+
+/// How long a body may take to arrive. One that never ends would keep its
+/// connection, and a shutdown, waiting.
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The longest time that `Prefer: wait=N` can ask for.
 pub const WAIT_MAX: Duration = Duration::from_secs(10);
@@ -132,11 +138,23 @@ async fn read_body(headers: &HeaderMap, body: axum::body::Body) -> Result<Bytes,
     if announced.is_some_and(|length| length > BODY_MAX) {
         return Err(Error::BodyTooLarge(BODY_MAX));
     }
-    // It fails when the limit is passed, or when the client stops in the middle;
-    // the second one reads no answer.
-    axum::body::to_bytes(body, BODY_MAX)
-        .await
-        .map_err(|_| Error::BodyTooLarge(BODY_MAX))
+    let unreadable = |message: &str| {
+        Error::Parameter(BadParameter {
+            code: ParameterCode::Unreadable,
+            param: None,
+            message: message.to_owned(),
+        })
+    };
+    match timeout(BODY_TIMEOUT, axum::body::to_bytes(body, BODY_MAX)).await {
+        Ok(Ok(bytes)) => Ok(bytes),
+        Ok(Err(error)) if is_too_long(&error) => Err(Error::BodyTooLarge(BODY_MAX)),
+        Ok(Err(_)) => Err(unreadable("The body ended in the middle, or is broken.")),
+        Err(_) => Err(unreadable("The body did not arrive in time.")),
+    }
+}
+
+fn is_too_long(error: &axum::Error) -> bool {
+    std::error::Error::source(error).is_some_and(<dyn std::error::Error>::is::<LengthLimitError>)
 }
 
 /// RFC 7240's `Prefer: wait=N`, in seconds. A preference that is not understood

@@ -32,7 +32,6 @@ pub(super) async fn track(mut request: Request, next: Next) -> Response {
     let id = RequestId::new();
     let started = Instant::now();
     let method = request.method().clone();
-    let path = tracing::enabled!(Level::DEBUG).then(|| request.uri().path().to_owned());
     request.extensions_mut().insert(id);
 
     let mut response = next.run(request).await;
@@ -51,7 +50,6 @@ pub(super) async fn track(mut request: Request, next: Next) -> Response {
     debug!(
         request_id = %id,
         %method,
-        path,
         status = response.status().as_u16(),
         elapsed_ms = u64::try_from(started.elapsed().as_millis()).unwrap_or(u64::MAX),
         "request"

@@ -104,17 +104,19 @@ impl Task {
                 }
                 Trouble::Exhausted | Trouble::Misconfigured => {
                     self.conn = None;
-                    for job in part {
-                        job.conclude(&Verdict::Unavailable);
-                    }
+                    conclude_all(part, &Verdict::Unavailable);
                     return None;
                 }
-                Trouble::TimedOut | Trouble::Refused if part.len() > 1 => {
+                Trouble::Blocked | Trouble::TimedOut | Trouble::Refused if part.len() > 1 => {
                     let second = part.split_off(part.len() / 2);
                     return Some((part, second));
                 }
-                Trouble::TimedOut => {
+                Trouble::Blocked => {
                     part.into_iter().for_each(come_back_later);
+                    return None;
+                }
+                Trouble::TimedOut => {
+                    conclude_all(part, &Verdict::Unavailable);
                     return None;
                 }
                 Trouble::Refused => {
@@ -161,13 +163,17 @@ impl Task {
     }
 }
 
+fn conclude_all(part: Vec<Job>, verdict: &Verdict) {
+    for job in part {
+        job.conclude(verdict);
+    }
+}
+
 /// Concludes the jobs whose time is up.
 fn give_up_late(part: Vec<Job>) -> Vec<Job> {
     let now = Instant::now();
     let (late, rest): (Vec<_>, Vec<_>) = part.into_iter().partition(|job| job.deadline <= now);
-    for job in late {
-        job.conclude(&Verdict::Unavailable);
-    }
+    conclude_all(late, &Verdict::Unavailable);
     rest
 }
 
