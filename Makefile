@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help run test check fmt prepare bench stop clean-dev
+.PHONY: help run test chaos check fmt prepare bench stop clean-dev
 
 # PostgreSQL is looked for in this order: DATABASE_URL, docker, programs on this
 # machine, its package manager, a PyPI wheel; see scripts/postgres.
@@ -15,6 +15,9 @@ run: ## serve on a database that is found or started, with a demo account
 
 test: ## run every test (ARGS='...' goes to cargo test)
 	@scripts/test $(ARGS)
+
+chaos: ## the chaos suite in its long form: CHAOS_MINUTES=30, optimised build
+	@CHAOS_MINUTES=$${CHAOS_MINUTES:-30} scripts/test --release --test chaos -- $(ARGS)
 
 check: ## formatting, lints, .sqlx/, licences and banned crates
 	cargo fmt --check

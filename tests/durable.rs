@@ -17,7 +17,7 @@ use crate::support::{
     Reply, Service, count, eventually, make_account,
     postgres::Cluster,
     process::{HttpClient, Process},
-    proxy::Proxy,
+    proxy::{Network, Proxy},
 };
 
 /// Every acknowledged charge is there, under its id, and no key has two.
@@ -121,6 +121,40 @@ async fn a_commit_whose_acknowledgement_is_lost_is_found_again(pool: PgPool) {
 #[sqlx::test(migrator = "payonce::MIGRATOR")]
 async fn a_commit_that_is_under_way_when_the_connection_goes_is_found_again(pool: PgPool) {
     a_lost_commit_is_found_again(pool, false).await;
+}
+
+/// Nothing arrives, and nobody is told so: the attempt's own time-out ends it,
+/// and the next one, over a new connection, meets a network that is well again.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_network_that_falls_silent_or_slow_is_ridden_out(pool: PgPool) {
+    let proxy = Proxy::to(&pool).await;
+    let service = Service::start(&pool).await.behind(&proxy);
+    for (round, bad) in [Network::Silent, Network::Slow(Duration::from_millis(50))]
+        .into_iter()
+        .enumerate()
+    {
+        assert_eq!(
+            service
+                .charge(&format!("before_{round}"))
+                .send()
+                .await
+                .status,
+            200
+        );
+        proxy.set(bad);
+        let requests: Vec<_> = (0..16)
+            .map(|i| tokio::spawn(service.charge(&format!("order_{round}_{i}")).send()))
+            .collect();
+        // The time itself is the fault.
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        proxy.set(Network::Well);
+        for request in requests {
+            let reply = request.await.unwrap();
+            assert_eq!(reply.status, 200, "{reply:?}");
+            assert!(!reply.is_replayed());
+        }
+    }
+    assert_eq!(service.count_charges().await, 34);
 }
 
 fn url(pool: &PgPool) -> String {

@@ -7,7 +7,10 @@ use futures::future::join_all;
 use serde_json::json;
 use sqlx::PgPool;
 
-use crate::support::{Service, Settings, count, eventually, proxy::Proxy};
+use crate::support::{
+    Service, Settings, count, eventually,
+    proxy::{Network, Proxy},
+};
 
 #[sqlx::test(migrator = "payonce::MIGRATOR")]
 async fn a_validation_error_is_not_stored(pool: PgPool) {
@@ -123,7 +126,7 @@ async fn a_database_that_stays_away_gives_503_and_the_key_works_later(pool: PgPo
     let service = Service::start(&pool).await.behind(&proxy);
     // Known already, so that the write path is what has to ride it out.
     assert_eq!(service.charge("order_0").send().await.status, 200);
-    proxy.refuse(true);
+    proxy.set(Network::Down);
     let started = Instant::now();
     let (first, duplicate) = futures::future::join(
         service.charge("order_1").send(),
@@ -143,7 +146,7 @@ async fn a_database_that_stays_away_gives_503_and_the_key_works_later(pool: PgPo
         .assert_error(503, "unavailable");
     assert_eq!(service.get("/healthz").send().await.status, 200);
 
-    proxy.refuse(false);
+    proxy.set(Network::Well);
     let retry = service.charge("order_1").send().await;
     assert_eq!(retry.status, 200);
     assert_eq!(service.count_charges().await, 2);

@@ -45,7 +45,11 @@ const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// # Errors
 /// If the URL is none, without repeating it: it holds a password.
 pub fn connect_options(url: &str) -> Result<PgConnectOptions, sqlx::Error> {
-    PgConnectOptions::from_str(url).map(|options| options.application_name("payonce"))
+    let options = PgConnectOptions::from_str(url)?;
+    Ok(match options.get_application_name() {
+        Some(_) => options,
+        None => options.application_name("payonce"),
+    })
 }
 
 /// One connection, or an error within two seconds.

@@ -10,7 +10,7 @@ use std::{
 
 use indicatif::ProgressBar;
 use serde_json::Value;
-use sqlx::{Connection, PgConnection};
+use sqlx::{Connection, postgres::PgConnectOptions};
 use tokio::{sync::Semaphore, task::JoinSet};
 
 use super::{
@@ -20,7 +20,10 @@ use super::{
     proxy::{Reply, Routing, Service},
     script::Fate,
 };
-use crate::{cli::Failure, db};
+use crate::{
+    cli::Failure,
+    db::{self, Trouble},
+};
 
 /// How far the replicas' clocks may be off: lists are in the order of ids, and
 /// ids begin with the clock of the replica that gave them out.
@@ -69,7 +72,7 @@ pub async fn run(
         }
     }
     if let Some(url) = &options.database_url {
-        findings.tables = Some(read_tables(url, &shop.mark).await?);
+        findings.tables = Some(read_tables(url, shop).await?);
     }
     Ok(findings)
 }
@@ -222,10 +225,27 @@ async fn page(service: &Service, path: &str, patience: Duration) -> Result<Value
     }
 }
 
-/// What is wrong in the tables with the keys of this run.
-async fn read_tables(url: &str, mark: &str) -> Result<Vec<String>, Failure> {
+/// What is wrong in the tables with the keys of this run; rides out a restart.
+async fn read_tables(url: &str, shop: &Shop) -> Result<Vec<String>, Failure> {
     let options = db::connect_options(url).map_err(db::Unfit::from)?;
-    let mut conn: PgConnection = db::connect(&options).await.map_err(db::Unfit::from)?;
+    let give_up = Instant::now() + shop.patience;
+    loop {
+        let error = match look_into_tables(&options, &shop.mark).await {
+            Ok(findings) => return Ok(findings),
+            Err(error) => error,
+        };
+        if Trouble::of(&error) != Trouble::Passing || Instant::now() >= give_up {
+            return Err(db::Unfit::from(error).into());
+        }
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+}
+
+async fn look_into_tables(
+    options: &PgConnectOptions,
+    mark: &str,
+) -> Result<Vec<String>, sqlx::Error> {
+    let mut conn = db::connect(options).await?;
     let ours = format!("storm-{mark}-%");
     let found = sqlx::query!(
         r#"

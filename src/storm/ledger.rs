@@ -23,6 +23,8 @@ pub enum Said {
     Refused(u16),
     /// 409, 5xx, or nothing: whether it has had an effect, or will, is not known.
     Unknown,
+    /// There was no connection, so it was never sent.
+    Unreached,
 }
 
 /// An outcome.
@@ -54,6 +56,8 @@ pub struct Operation {
     /// `None` if nothing came back.
     pub returned: Option<Duration>,
     pub said: Said,
+    /// Whether the service called it a replay.
+    pub replayed: bool,
 }
 
 /// The operations of each key, in the order in which they came back.
@@ -113,6 +117,7 @@ impl Ledger {
                         ("answer", Some(hasher.finish()))
                     }
                     Said::Reused => ("reused", None),
+                    Said::Unreached => continue,
                     Said::Refused(_) | Said::Unknown => ("unknown", None),
                 };
                 let line = Line {

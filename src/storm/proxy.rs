@@ -5,7 +5,11 @@
 //! that it forwards goes into the ledger, also where the client gets to see
 //! another answer or none.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use axum::body::Bytes;
 use http_body_util::{BodyExt, Full};
@@ -95,6 +99,9 @@ pub struct Service {
     ledger: Arc<Ledger>,
 }
 
+/// How long the service is waited for at the start.
+const START_PATIENCE: Duration = Duration::from_secs(5);
+
 /// How long a single request may take: longer than the service's own deadline.
 const REQUEST_TIMEOUT: Duration = Duration::from_secs(15);
 
@@ -111,16 +118,27 @@ impl Service {
         })
     }
 
-    /// Whether it answers, and knows the API key.
+    /// Whether it answers, and knows the API key. One that does not answer may
+    /// be on its way up, and is waited for a little.
     pub async fn is_there(&self) -> Result<(), Failure> {
+        let give_up = Instant::now() + START_PATIENCE;
         for target in &self.targets {
-            let answer = self
-                .http
-                .get(format!("{target}/v1/charges?limit=1"))
-                .header("authorization", &self.authorization)
-                .send()
-                .await
-                .map_err(|error| format!("{target} does not answer: {}", cause(&error)))?;
+            let answer = loop {
+                let request = self
+                    .http
+                    .get(format!("{target}/v1/charges?limit=1"))
+                    .header("authorization", &self.authorization);
+                match request.send().await {
+                    Ok(answer) if answer.status().is_server_error() && Instant::now() < give_up => {
+                    }
+                    Ok(answer) => break answer,
+                    Err(_) if Instant::now() < give_up => {}
+                    Err(error) => {
+                        return Err(format!("{target} does not answer: {}", cause(&error)).into());
+                    }
+                }
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            };
             match answer.status().as_u16() {
                 200 => {}
                 401 => return Err(format!("{target} does not know this API key").into()),
@@ -136,7 +154,9 @@ impl Service {
             service: self,
             routing,
             called: self.ledger.now(),
-            operation: None,
+            returned: None,
+            said: Said::Unknown,
+            replayed: false,
         };
         let target = &self.targets[routing.replica % self.targets.len()];
         let reply = self
@@ -147,11 +167,17 @@ impl Service {
             .header("idempotency-key", key)
             .body(body)
             .send();
-        let reply = async { Self::read(reply.await?).await }.await.ok();
-        entry.operation = reply
-            .as_ref()
-            .map(|reply| (self.ledger.now(), reply.said()));
-        reply
+        let reply = async { Self::read(reply.await?).await }.await;
+        match &reply {
+            Ok(reply) => {
+                entry.returned = Some(self.ledger.now());
+                entry.said = reply.said();
+                entry.replayed = reply.replayed;
+            }
+            Err(error) if error.is_connect() => entry.said = Said::Unreached,
+            Err(_) => {}
+        }
+        reply.ok()
     }
 
     async fn read(response: reqwest::Response) -> Result<Reply, reqwest::Error> {
@@ -203,20 +229,19 @@ struct Pending<'a> {
     service: &'a Service,
     routing: Routing,
     called: Duration,
-    operation: Option<(Duration, Said)>,
+    returned: Option<Duration>,
+    said: Said,
+    replayed: bool,
 }
 
 impl Drop for Pending<'_> {
     fn drop(&mut self) {
-        let (returned, said) = match self.operation.take() {
-            Some((returned, said)) => (Some(returned), said),
-            None => (None, Said::Unknown),
-        };
         let operation = Operation {
             cart: self.routing.cart,
             called: self.called,
-            returned,
-            said,
+            returned: self.returned,
+            said: self.said.clone(),
+            replayed: self.replayed,
         };
         self.service.ledger.record(self.routing.customer, operation);
     }

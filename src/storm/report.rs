@@ -31,6 +31,8 @@ pub struct Report {
     /// Requests that the service got, the audit's not counted; what came back.
     answers_by_status: BTreeMap<String, u64>,
     charges_made: usize,
+    /// Keys whose first answer reached nobody: the first that came was a replay.
+    first_answers_lost: usize,
     double_charges: usize,
     lost_charges: usize,
     differing_answers: usize,
@@ -93,6 +95,7 @@ impl Report {
                 .collect(),
             answers_by_status: answers_by_status(shop, ledger, &results),
             charges_made: findings.charges,
+            first_answers_lost: first_answers_lost(shop, ledger),
             double_charges: findings.double.len(),
             lost_charges: findings.lost.len(),
             differing_answers: findings.differing.len(),
@@ -187,6 +190,7 @@ impl Report {
         row("latency p99, ms", format!("{:.1}", self.latency_ms.p99));
         row("latency max, ms", format!("{:.1}", self.latency_ms.max));
         row("charges made", self.charges_made.to_string());
+        row("first answers lost", self.first_answers_lost.to_string());
         row("without keys", String::new());
         row("  charges", self.without_keys.charges.to_string());
         row(
@@ -235,6 +239,7 @@ fn answers_by_status(shop: &Shop, ledger: &Ledger, results: &Results) -> BTreeMa
                 Said::Answer(answer) => answer.status.to_string(),
                 Said::Reused => "422".to_owned(),
                 Said::Refused(status) => status.to_string(),
+                Said::Unreached => "not reached".to_owned(),
                 Said::Unknown if operation.returned.is_some() => "409 or 5xx".to_owned(),
                 Said::Unknown => "none".to_owned(),
             };
@@ -242,6 +247,18 @@ fn answers_by_status(shop: &Shop, ledger: &Ledger, results: &Results) -> BTreeMa
         }
     }
     counts
+}
+
+fn first_answers_lost(shop: &Shop, ledger: &Ledger) -> usize {
+    let lost = |customer: &u32| {
+        let operations = ledger.operations(*customer);
+        let mut answers = operations
+            .iter()
+            .filter(|o| matches!(o.said, Said::Answer(_)))
+            .peekable();
+        answers.peek().is_some() && answers.all(|answer| answer.replayed)
+    };
+    (0..shop.customers).filter(lost).count()
 }
 
 fn without_keys(shop: &Shop, ledger: &Ledger, results: &Results) -> WithoutKeys {
@@ -258,7 +275,7 @@ fn without_keys(shop: &Shop, ledger: &Ledger, results: &Results) -> WithoutKeys 
         let operations = ledger.operations(customer);
         let mut amounts = operations
             .iter()
-            .filter(|operation| operation.called <= results.closed_at)
+            .filter(|o| o.called <= results.closed_at && o.said != Said::Unreached)
             .map(|operation| script.amount + i64::from(operation.cart));
         sum.charges += u64::from(amounts.next().is_some());
         let more: Vec<_> = amounts.collect();

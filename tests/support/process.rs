@@ -32,6 +32,13 @@ impl Process {
 
     /// The same with settings of its own, by their variables.
     pub async fn serve_with(database_url: &str, settings: &[(&str, &str)]) -> Self {
+        Self::try_serve(database_url, settings)
+            .await
+            .expect("it ended before it listened")
+    }
+
+    /// The same; `None` if it ends before it listens.
+    pub async fn try_serve(database_url: &str, settings: &[(&str, &str)]) -> Option<Self> {
         let mut child = Command::new(BINARY)
             .arg("serve")
             .env("DATABASE_URL", database_url)
@@ -45,11 +52,7 @@ impl Process {
             .unwrap();
         let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
         let address = loop {
-            let line = lines
-                .next_line()
-                .await
-                .unwrap()
-                .expect("it ended before it listened");
+            let line = lines.next_line().await.unwrap()?;
             let event: Value = serde_json::from_str(&line).unwrap_or_default();
             if event["message"] == "listening" {
                 break event["address"].as_str().unwrap().to_owned();
@@ -57,7 +60,20 @@ impl Process {
         };
         // Its log has to go somewhere, or it would wait for us.
         tokio::spawn(async move { while let Ok(Some(_)) = lines.next_line().await {} });
-        Self { child, address }
+        Some(Self { child, address })
+    }
+
+    /// Sends a signal by its name.
+    pub async fn signal(&self, name: &str) {
+        let pid = self.child.id().unwrap().to_string();
+        assert!(
+            Command::new("kill")
+                .args([&format!("-{name}"), &pid])
+                .status()
+                .await
+                .unwrap()
+                .success()
+        );
     }
 
     /// SIGKILL.
@@ -67,15 +83,7 @@ impl Process {
 
     /// SIGTERM, and how it ended.
     pub async fn terminate(mut self) -> std::process::ExitStatus {
-        let pid = self.child.id().unwrap().to_string();
-        assert!(
-            Command::new("kill")
-                .args(["-TERM", &pid])
-                .status()
-                .await
-                .unwrap()
-                .success()
-        );
+        self.signal("TERM").await;
         self.child.wait().await.unwrap()
     }
 }

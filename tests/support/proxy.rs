@@ -1,8 +1,11 @@
 //! A TCP proxy between the service and PostgreSQL that can be told to fail.
 
-use std::sync::{
-    Arc,
-    atomic::{AtomicBool, AtomicUsize, Ordering},
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+    time::Duration,
 };
 
 use sqlx::{PgPool, postgres::PgConnectOptions};
@@ -15,9 +18,21 @@ use tokio::{
 /// What COMMIT looks like on the wire: a simple query of this text.
 const COMMIT: &[u8] = b"Q\0\0\0\x0bCOMMIT\0";
 
+/// How the network is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Network {
+    Well,
+    /// What is connected is cut, and nobody is taken.
+    Down,
+    /// Nothing arrives, and nobody is told so.
+    Silent,
+    /// Everything takes this long, each way.
+    Slow(Duration),
+}
+
 pub struct Proxy {
     port: u16,
-    refuse: watch::Sender<bool>,
+    network: watch::Sender<Network>,
     commits_to_lose: Arc<AtomicUsize>,
     committed_first: Arc<AtomicBool>,
 }
@@ -30,31 +45,31 @@ impl Proxy {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let proxy = Self {
             port: listener.local_addr().unwrap().port(),
-            refuse: watch::Sender::new(false),
+            network: watch::Sender::new(Network::Well),
             commits_to_lose: Arc::default(),
             committed_first: Arc::default(),
         };
-        let (refuse, to_lose, committed_first) = (
-            proxy.refuse.clone(),
+        let (network, to_lose, committed_first) = (
+            proxy.network.clone(),
             Arc::clone(&proxy.commits_to_lose),
             Arc::clone(&proxy.committed_first),
         );
         tokio::spawn(async move {
             loop {
                 let (client, _) = listener.accept().await.unwrap();
-                if *refuse.borrow() {
+                if *network.borrow() == Network::Down {
                     continue;
                 }
-                let server = TcpStream::connect(&target).await.unwrap();
-                let (mut refused, to_lose, committed_first) = (
-                    refuse.subscribe(),
-                    Arc::clone(&to_lose),
-                    Arc::clone(&committed_first),
-                );
+                let Ok(server) = TcpStream::connect(&target).await else {
+                    continue;
+                };
+                let (network, mut down) = (network.subscribe(), network.subscribe());
+                let (to_lose, committed_first) =
+                    (Arc::clone(&to_lose), Arc::clone(&committed_first));
                 tokio::spawn(async move {
                     tokio::select! {
-                        () = forward(client, server, &to_lose, &committed_first) => {}
-                        _ = refused.wait_for(|refuse| *refuse) => {}
+                        () = forward(client, server, network, &to_lose, &committed_first) => {}
+                        _ = down.wait_for(|network| *network == Network::Down) => {}
                     }
                 });
             }
@@ -67,9 +82,9 @@ impl Proxy {
         direct.clone().host("127.0.0.1").port(self.port)
     }
 
-    /// Cuts what is connected, and takes nobody, until told otherwise.
-    pub fn refuse(&self, refuse: bool) {
-        self.refuse.send_replace(refuse);
+    /// The network is like this from now on.
+    pub fn set(&self, network: Network) {
+        self.network.send_replace(network);
     }
 
     /// Cuts the connection after the next `count` COMMITs were forwarded:
@@ -89,6 +104,7 @@ impl Proxy {
 async fn forward(
     mut client: TcpStream,
     mut server: TcpStream,
+    mut network: watch::Receiver<Network>,
     to_lose: &AtomicUsize,
     committed_first: &AtomicBool,
 ) {
@@ -98,6 +114,7 @@ async fn forward(
             read = client.read(&mut from_client) => {
                 let Ok(length @ 1..) = read else { return };
                 let bytes = &from_client[..length];
+                pass(&mut network).await;
                 if server.write_all(bytes).await.is_err() {
                     return;
                 }
@@ -112,10 +129,25 @@ async fn forward(
             }
             read = server.read(&mut from_server) => {
                 let Ok(length @ 1..) = read else { return };
+                pass(&mut network).await;
                 if client.write_all(&from_server[..length]).await.is_err() {
                     return;
                 }
             }
+        }
+    }
+}
+
+/// Comes back when the network has let something through.
+async fn pass(network: &mut watch::Receiver<Network>) {
+    let now = *network.borrow();
+    match now {
+        Network::Well | Network::Down => {}
+        Network::Slow(delay) => tokio::time::sleep(delay).await,
+        Network::Silent => {
+            let _ = network
+                .wait_for(|network| *network != Network::Silent)
+                .await;
         }
     }
 }
