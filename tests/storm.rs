@@ -299,6 +299,13 @@ async fn a_server_that_answers_differently_is_found_guilty() {
 async fn a_server_that_never_answers_is_found_guilty() {
     let (_, report, _) = at(Fault::NeverAnswers).await;
     assert_eq!(counts(&report), [0, 0, 0, 100], "{report}");
+    let statuses: Vec<_> = report["answers_by_status"]
+        .as_object()
+        .unwrap()
+        .keys()
+        .filter(|status| *status != "none")
+        .collect();
+    assert_eq!(statuses, ["503"], "{report}");
 }
 
 #[tokio::test]

@@ -27,7 +27,7 @@ use crate::{
 
 /// How far the replicas' clocks may be off: lists are in the order of ids, and
 /// ids begin with the clock of the replica that gave them out.
-const CLOCKS_OFF_SECONDS: i64 = 2 * 60 * 60;
+const CLOCKS_OFF_SECONDS: i64 = 3 * 60 * 60;
 
 /// What is not as it has to be, by customer.
 #[derive(Debug, Default)]

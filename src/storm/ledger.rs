@@ -20,7 +20,7 @@ pub enum Said {
     /// 422: the key belongs to another request.
     Reused,
     /// 4xx of another kind, which no request of the storm deserves.
-    Refused(u16),
+    Refused,
     /// 409, 5xx, or nothing: whether it has had an effect, or will, is not known.
     Unknown,
     /// There was no connection, so it was never sent.
@@ -55,6 +55,8 @@ pub struct Operation {
     pub called: Duration,
     /// `None` if nothing came back.
     pub returned: Option<Duration>,
+    /// What it came back with.
+    pub status: Option<u16>,
     pub said: Said,
     /// Whether the service called it a replay.
     pub replayed: bool,
@@ -118,7 +120,7 @@ impl Ledger {
                     }
                     Said::Reused => ("reused", None),
                     Said::Unreached => continue,
-                    Said::Refused(_) | Said::Unknown => ("unknown", None),
+                    Said::Refused | Said::Unknown => ("unknown", None),
                 };
                 let line = Line {
                     key,

@@ -85,7 +85,7 @@ impl Reply {
             }),
             422 => Said::Reused,
             409 | 500.. => Said::Unknown,
-            other => Said::Refused(other),
+            _ => Said::Refused,
         }
     }
 }
@@ -155,6 +155,7 @@ impl Service {
             routing,
             called: self.ledger.now(),
             returned: None,
+            status: None,
             said: Said::Unknown,
             replayed: false,
         };
@@ -171,6 +172,7 @@ impl Service {
         match &reply {
             Ok(reply) => {
                 entry.returned = Some(self.ledger.now());
+                entry.status = Some(reply.status);
                 entry.said = reply.said();
                 entry.replayed = reply.replayed;
             }
@@ -230,6 +232,7 @@ struct Pending<'a> {
     routing: Routing,
     called: Duration,
     returned: Option<Duration>,
+    status: Option<u16>,
     said: Said,
     replayed: bool,
 }
@@ -240,6 +243,7 @@ impl Drop for Pending<'_> {
             cart: self.routing.cart,
             called: self.called,
             returned: self.returned,
+            status: self.status,
             said: self.said.clone(),
             replayed: self.replayed,
         };

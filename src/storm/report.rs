@@ -235,13 +235,10 @@ fn answers_by_status(shop: &Shop, ledger: &Ledger, results: &Results) -> BTreeMa
             .iter()
             .filter(|o| o.called <= results.closed_at)
         {
-            let name = match &operation.said {
-                Said::Answer(answer) => answer.status.to_string(),
-                Said::Reused => "422".to_owned(),
-                Said::Refused(status) => status.to_string(),
-                Said::Unreached => "not reached".to_owned(),
-                Said::Unknown if operation.returned.is_some() => "409 or 5xx".to_owned(),
-                Said::Unknown => "none".to_owned(),
+            let name = match operation.status {
+                Some(status) => status.to_string(),
+                None if operation.said == Said::Unreached => "not reached".to_owned(),
+                None => "none".to_owned(),
             };
             *counts.entry(name).or_default() += 1;
         }
