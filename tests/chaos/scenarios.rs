@@ -8,7 +8,7 @@ use std::{
     process::Stdio,
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -50,7 +50,7 @@ scenarios! {
     "replica stopped for 5 s in mid-transaction" => stopped,
     "disk of PostgreSQL full" => disk_full,
     "connections exhausted" => exhausted,
-    "clock of a replica an hour ahead" => clock,
+    "clocks of the replicas an hour ahead and behind" => clocks,
     "purge all the time, answers kept for 1 s" => purged,
     "PgBouncer in between, PostgreSQL restarted" => pooled,
 }
@@ -69,6 +69,9 @@ pub struct Row {
     seconds: f64,
     faults: u64,
     requests: u64,
+    /// Of those, how many were told to come again, and how many were told nothing.
+    put_off: u64,
+    without_answer: u64,
     charges: u64,
     counts: [u64; 4],
     tables: u64,
@@ -83,6 +86,8 @@ impl Row {
         self.seconds += other.seconds;
         self.faults += other.faults;
         self.requests += other.requests;
+        self.put_off += other.put_off;
+        self.without_answer += other.without_answer;
         self.charges += other.charges;
         for (sum, count) in self.counts.iter_mut().zip(other.counts) {
             *sum += count;
@@ -119,8 +124,14 @@ impl fmt::Display for Row {
         };
         write!(
             f,
-            "{:.0} | {} | {} | {} | {double} | {lost} | {differing} | {unanswered} | {} | {history}",
-            self.seconds, self.faults, self.requests, self.charges, self.tables
+            "{:.0} | {} | {} | {} | {} | {} | {double} | {lost} | {differing} | {unanswered} | {} | {history}",
+            self.seconds,
+            self.faults,
+            self.requests,
+            self.put_off,
+            self.without_answer,
+            self.charges,
+            self.tables
         )
     }
 }
@@ -137,18 +148,19 @@ impl Replica {
     async fn start(name: &str, options: &PgConnectOptions, settings: &[(&str, &str)]) -> Self {
         let mut url = options.to_url_lossy();
         url.query_pairs_mut().append_pair("application_name", name);
-        let url = url.to_string();
-        let process = Process::serve_with(&url, settings).await;
-        let address = process.address.clone();
-        let mut settings: Vec<_> = settings
+        let address = free_address();
+        let settings: Vec<_> = settings
             .iter()
-            .map(|&(name, value)| (name.to_owned(), value.to_owned()))
+            .chain(&[("LISTEN_ADDR", address.as_str())])
+            .copied()
             .collect();
-        settings.push(("LISTEN_ADDR".to_owned(), address.clone()));
         Self {
-            url,
-            settings,
-            process: Some(process),
+            process: Some(Process::serve_with(url.as_str(), &settings).await),
+            url: url.to_string(),
+            settings: settings
+                .iter()
+                .map(|&(name, value)| (name.to_owned(), value.to_owned()))
+                .collect(),
             address,
         }
     }
@@ -166,6 +178,17 @@ impl Replica {
             .collect();
         while self.process.is_none() {
             self.process = Process::try_serve(&self.url, &settings).await;
+        }
+    }
+}
+
+/// Below the ports that systems give to outgoing connections, one of which could
+/// otherwise take the place of a replica that is down.
+fn free_address() -> String {
+    loop {
+        let address = format!("127.0.0.1:{}", rand::random_range(10_000..20_000));
+        if std::net::TcpListener::bind(&address).is_ok() {
+            return address;
         }
     }
 }
@@ -218,7 +241,8 @@ impl World {
             url: self.direct.to_url_lossy().to_string(),
             time,
             arguments: vec![],
-            stop: Arc::default(),
+            charges_max: u64::MAX,
+            watch: Watch::default(),
         }
     }
 }
@@ -230,24 +254,61 @@ struct Storms {
     url: String,
     time: Duration,
     arguments: Vec<&'static str>,
-    /// Set when they are over, for whoever makes faults meanwhile.
-    stop: Arc<AtomicBool>,
+    /// No more storms after so many charges.
+    charges_max: u64,
+    watch: Watch,
+}
+
+/// What the storms, and whoever makes faults meanwhile, tell each other.
+#[derive(Clone, Default)]
+struct Watch {
+    over: Arc<AtomicBool>,
+    faults: Arc<AtomicU64>,
+}
+
+impl Watch {
+    fn over(&self) -> bool {
+        self.over.load(Ordering::SeqCst)
+    }
+
+    /// One more fault has been made.
+    fn fault(&self) {
+        self.faults.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn faults(&self) -> u64 {
+        self.faults.load(Ordering::SeqCst)
+    }
 }
 
 impl Storms {
-    fn over(&self) -> impl Fn() -> bool + use<> {
-        let stop = Arc::clone(&self.stop);
-        move || stop.load(Ordering::SeqCst)
+    /// Until the time is over.
+    async fn blow(self) -> (Row, Vec<Value>) {
+        self.blow_until(|_| true).await
     }
 
-    async fn blow(self) -> (Row, Vec<Value>) {
+    /// Until the time is over and a fault has been made.
+    async fn blow_until_a_fault(self) -> (Row, Vec<Value>) {
+        let watch = self.watch.clone();
+        let (mut row, reports) = self.blow_until(|_| watch.faults() > 0).await;
+        row.faults = watch.faults();
+        (row, reports)
+    }
+
+    /// A fault takes its time on a slow machine, so the storms go on until it
+    /// `happened`, for ten times as long if need be.
+    async fn blow_until(self, happened: impl Fn(&Row) -> bool) -> (Row, Vec<Value>) {
         let started = Instant::now();
         let (mut row, mut reports) = (Row::default(), Vec::new());
-        while started.elapsed() < self.time {
+        loop {
             let report = self.blow_once(&mut row).await;
             reports.extend(report);
+            let done = started.elapsed() >= self.time || row.charges >= self.charges_max;
+            if done && (happened(&row) || started.elapsed() >= self.time * 10) {
+                break;
+            }
         }
-        self.stop.store(true, Ordering::SeqCst);
+        self.watch.over.store(true, Ordering::SeqCst);
         row.seconds = started.elapsed().as_secs_f64();
         (row, reports)
     }
@@ -275,6 +336,7 @@ impl Storms {
         }
         let output = command
             .args(["--database-url", &self.url])
+            .args(["--seed", &next_seed().to_string()])
             .arg("--history")
             .arg(&history)
             .args(&self.arguments)
@@ -291,6 +353,24 @@ impl Storms {
         let count = |name: &str| report[name].as_u64().unwrap_or(u64::MAX);
         row.requests += count("requests_sent");
         row.charges += count("charges_made");
+        for (status, count) in report["answers_by_status"]
+            .as_object()
+            .into_iter()
+            .flatten()
+        {
+            let count = count.as_u64().unwrap_or_default();
+            match status.as_str() {
+                "409" | "503" => row.put_off += count,
+                "none" | "not reached" => row.without_answer += count,
+                "200" | "402" | "422" => {}
+                // 500 is a bug of ours, and none of the storm's requests deserves
+                // another 4xx.
+                other => row.complaints.push(format!(
+                    "{count} requests were told {other}; {}",
+                    said.trim()
+                )),
+            }
+        }
         for (sum, name) in row.counts.iter_mut().zip([
             "double_charges",
             "lost_charges",
@@ -320,12 +400,15 @@ impl Storms {
     }
 }
 
-/// Requests of a kind of answer, over all reports.
-fn answers(reports: &[Value], kind: &str) -> u64 {
-    reports
-        .iter()
-        .filter_map(|report| report["answers_by_status"][kind].as_u64())
-        .sum()
+/// The seed of the first storm; each next one has the next.
+static SEED: AtomicU64 = AtomicU64::new(0);
+
+pub fn start_with_seed(seed: u64) {
+    SEED.store(seed, Ordering::SeqCst);
+}
+
+fn next_seed() -> u64 {
+    SEED.fetch_add(1, Ordering::SeqCst)
 }
 
 /// The storm's own faults alone: dropped, cut, duplicated and the like.
@@ -345,21 +428,27 @@ async fn quiet(cluster: Arc<Cluster>, time: Duration) -> Outcome {
 async fn killed(cluster: Arc<Cluster>, time: Duration) -> Outcome {
     let mut world = World::plain(&cluster).await;
     let storms = world.storms(time);
-    let over = storms.over();
+    let watch = storms.watch.clone();
     let kills = async {
-        let mut count = 0;
-        while !over() {
-            let replica = &mut world.replicas[usize::from(count % 2 == 1)];
-            replica.process().kill().await;
-            replica.process = None;
-            replica.restart().await;
-            count += 1;
+        while !watch.over() {
+            // The one, the other, both.
+            let victims = match watch.faults() % 3 {
+                0 => &mut world.replicas[..1],
+                1 => &mut world.replicas[1..],
+                _ => &mut world.replicas[..],
+            };
+            for replica in &mut *victims {
+                replica.process().kill().await;
+                replica.process = None;
+            }
+            for replica in victims {
+                replica.restart().await;
+            }
+            watch.fault();
             sleep(Duration::from_secs(1)).await;
         }
-        count
     };
-    let ((mut row, _), kills) = tokio::join!(storms.blow(), kills);
-    row.faults = kills;
+    let ((row, _), ()) = tokio::join!(storms.blow_until_a_fault(), kills);
     Outcome::Ran(row)
 }
 
@@ -383,32 +472,31 @@ async fn terminated(cluster: Arc<Cluster>, time: Duration) -> Outcome {
         "--switch",
         "1",
     ];
-    let over = storms.over();
+    let watch = storms.watch.clone();
     let terminations = async {
-        let (mut count, mut unclean) = (0, 0);
-        while !over() {
-            let replica = &mut world.replicas[usize::from(count % 2 == 1)];
+        let mut unclean = 0;
+        while !watch.over() {
+            let replica = &mut world.replicas[usize::from(watch.faults() % 2 == 1)];
             if let Some(process) = replica.process.take()
                 && !process.terminate().await.success()
             {
                 unclean += 1;
             }
             replica.restart().await;
-            count += 1;
+            watch.fault();
             sleep(Duration::from_millis(300)).await;
         }
-        (count, unclean)
+        unclean
     };
-    let ((mut row, reports), (count, unclean)) = tokio::join!(storms.blow(), terminations);
-    row.faults = count;
+    let ((mut row, reports), unclean) = tokio::join!(storms.blow_until_a_fault(), terminations);
     let lost: u64 = reports
         .iter()
         .filter_map(|report| report["first_answers_lost"].as_u64())
         .sum();
-    let refused = answers(&reports, "409 or 5xx");
-    if (lost, refused, unclean) != (0, 0, 0) {
+    if (lost, row.put_off, unclean) != (0, 0, 0) {
         row.complaints.push(format!(
-            "{lost} requests were done whose answer reached nobody, {refused} were told 409 or 5xx, {unclean} of {count} replicas did not end with 0"
+            "{lost} requests were done whose answer reached nobody, {} were told 409 or 503, {unclean} of {} replicas did not end with 0",
+            row.put_off, row.faults
         ));
     }
     Outcome::Ran(row)
@@ -416,29 +504,26 @@ async fn terminated(cluster: Arc<Cluster>, time: Duration) -> Outcome {
 
 async fn restarted(cluster: Arc<Cluster>, time: Duration) -> Outcome {
     let world = World::plain(&cluster).await;
-    let storms = world.storms(time);
-    let (row, restarts) = restarts_during(&cluster, storms).await;
-    Outcome::Ran(Row {
-        faults: restarts,
-        ..row
-    })
+    Outcome::Ran(restarts_during(&cluster, world.storms(time)).await)
 }
 
-async fn restarts_during(cluster: &Cluster, storms: Storms) -> (Row, u64) {
-    let over = storms.over();
+async fn restarts_during(cluster: &Cluster, storms: Storms) -> Row {
+    let watch = storms.watch.clone();
     let restarts = async {
-        let mut count = 0;
-        while !over() {
+        while !watch.over() {
             cluster
-                .restart(if count % 2 == 0 { "immediate" } else { "fast" })
+                .restart(if watch.faults().is_multiple_of(2) {
+                    "immediate"
+                } else {
+                    "fast"
+                })
                 .await;
-            count += 1;
+            watch.fault();
             sleep(Duration::from_secs(1)).await;
         }
-        count
     };
-    let ((row, _), restarts) = tokio::join!(storms.blow(), restarts);
-    (row, restarts)
+    let ((row, _), ()) = tokio::join!(storms.blow_until_a_fault(), restarts);
+    row
 }
 
 /// The network between the replicas and PostgreSQL is `bad` for a while, well
@@ -453,20 +538,17 @@ async fn network(
     let proxy = Proxy::to(&cluster.pool().await).await;
     let world = World::new(cluster, |direct| proxy.options(direct), &[]).await;
     let storms = world.storms(time);
-    let over = storms.over();
+    let watch = storms.watch.clone();
     let faults = async {
-        let mut count = 0;
-        while !over() {
+        while !watch.over() {
             proxy.set(bad);
-            count += 1;
+            watch.fault();
             sleep(bad_for).await;
             proxy.set(Network::Well);
             sleep(well_for).await;
         }
-        count
     };
-    let ((mut row, _), faults) = tokio::join!(storms.blow(), faults);
-    row.faults = faults;
+    let ((row, _), ()) = tokio::join!(storms.blow_until_a_fault(), faults);
     Outcome::Ran(row)
 }
 
@@ -507,37 +589,45 @@ async fn slowed(cluster: Arc<Cluster>, time: Duration) -> Outcome {
 async fn stopped(cluster: Arc<Cluster>, time: Duration) -> Outcome {
     let mut world = World::plain(&cluster).await;
     let storms = world.storms(time.max(Duration::from_secs(8)));
-    let over = storms.over();
+    let watch = storms.watch.clone();
     let pool = world.pool.clone();
     let stops = async {
-        let mut count = 0;
-        while !over() {
-            let i = u8::from(count % 2 == 1);
+        while !watch.over() {
+            let i = usize::from(watch.faults() % 2 == 1);
             let name = format!("replica-{i}");
-            let process = world.replicas[usize::from(i)].process();
+            let process = world.replicas[i].process();
             process.signal("STOP").await;
-            // A statement that runs comes to its end without the replica, and
-            // the transaction then waits for it.
-            let in_transaction: bool = sqlx::query_scalar(
-                "select exists (select from pg_stat_activity
-                 where application_name = $1 and xact_start is not null)",
-            )
-            .bind(&name)
-            .fetch_one(&pool)
-            .await
-            .unwrap();
+            let in_transaction = is_in_transaction(&pool, &name).await;
             if in_transaction {
-                count += 1;
+                watch.fault();
                 sleep(Duration::from_secs(5)).await;
             }
             process.signal("CONT").await;
             sleep(Duration::from_millis(if in_transaction { 1000 } else { 3 })).await;
         }
-        count
     };
-    let ((mut row, _), stops) = tokio::join!(storms.blow(), stops);
-    row.faults = stops;
+    let ((row, _), ()) = tokio::join!(storms.blow_until_a_fault(), stops);
     Outcome::Ran(row)
+}
+
+/// Whether this replica, which has been stopped, is in the middle of a
+/// transaction. A statement that runs comes to its end without the replica:
+/// read and COMMIT are over then, any other waits for the next.
+async fn is_in_transaction(pool: &PgPool, name: &str) -> bool {
+    loop {
+        let (running, waiting): (bool, bool) = sqlx::query_as(
+            "select coalesce(bool_or(state = 'active'), false),
+                    coalesce(bool_or(state = 'idle in transaction'), false)
+             from pg_stat_activity where application_name = $1",
+        )
+        .bind(name)
+        .fetch_one(pool)
+        .await
+        .unwrap();
+        if waiting || !running {
+            return waiting;
+        }
+    }
 }
 
 /// The tables stand on a small file system of their own, which fills up: the
@@ -570,25 +660,26 @@ async fn disk_full(_: Arc<Cluster>, time: Duration) -> Outcome {
             .await
             .unwrap();
     }
-    let storms = world.storms(time);
-    let over = storms.over();
+    let mut storms = world.storms(time);
+    // About half of what it holds, so that it is full only when it is filled.
+    storms.charges_max = 150_000;
+    let watch = storms.watch.clone();
     let fills = async {
-        while !over() {
+        while !watch.over() {
             disk.fill();
             sleep(Duration::from_millis(700)).await;
             disk.free();
             sleep(Duration::from_millis(700)).await;
         }
     };
-    let ((mut row, reports), ()) = tokio::join!(storms.blow(), fills);
+    let ((mut row, _), ()) = tokio::join!(storms.blow_until(|row| row.put_off > 0), fills);
     // Not how often it was full, but how often that was felt.
-    row.faults = answers(&reports, "409 or 5xx");
+    row.faults = row.put_off;
     world.pool.close().await;
-    drop((world, cluster));
-    disk.unmount().await;
     Outcome::Ran(row)
 }
 
+/// Gone when it is dropped, even if somebody still has a file open there.
 struct SmallDisk {
     path: PathBuf,
 }
@@ -614,6 +705,7 @@ impl SmallDisk {
         let tables = path.join("tables");
         std::fs::create_dir(&tables).unwrap();
         let owner = format!("--reference={data}");
+        let disk = Self { path };
         assert!(
             Command::new("chown")
                 .arg(&owner)
@@ -623,7 +715,7 @@ impl SmallDisk {
                 .unwrap()
                 .success()
         );
-        Some(Self { path })
+        Some(disk)
     }
 
     fn fill(&self) {
@@ -637,17 +729,15 @@ impl SmallDisk {
     fn free(&self) {
         std::fs::remove_file(self.path.join("ballast")).unwrap();
     }
+}
 
-    async fn unmount(self) {
-        assert!(
-            Command::new("umount")
-                .arg(&self.path)
-                .status()
-                .await
-                .unwrap()
-                .success()
-        );
-        std::fs::remove_dir(&self.path).unwrap();
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let _ = std::process::Command::new("umount")
+            .arg("--lazy")
+            .arg(&self.path)
+            .status();
+        let _ = std::fs::remove_dir(&self.path);
     }
 }
 
@@ -656,39 +746,41 @@ async fn exhausted(_: Arc<Cluster>, time: Duration) -> Outcome {
     let cluster = Cluster::start_with("chaos-few", &["-c", "max_connections=20"]).await;
     let world = World::new(&cluster, Clone::clone, &[("POOL_SIZE", "3")]).await;
     let storms = world.storms(time);
-    let over = storms.over();
+    let watch = storms.watch.clone();
     let (direct, pool) = (world.direct.clone(), world.pool.clone());
     let hogs = async {
-        let mut count = 0;
-        while !over() {
+        while !watch.over() {
             let mut taken = Vec::new();
+            while !takes_all(&direct, &mut taken).await {}
+            // Now those of the replicas.
+            let _ = sqlx::query(
+                "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'replica-%'",
+            )
+            .execute(&pool)
+            .await;
+            watch.fault();
             let end = Instant::now() + Duration::from_millis(700);
             while Instant::now() < end {
-                let more = join_all((0..10).map(|_| PgConnection::connect_with(&direct))).await;
-                let none_is_left = more.iter().any(Result::is_err);
-                taken.extend(more.into_iter().flatten());
-                if none_is_left {
-                    // Now those of the replicas.
-                    count += 1;
-                    let _ = sqlx::query(
-                        "select pg_terminate_backend(pid) from pg_stat_activity where application_name like 'replica-%'",
-                    )
-                    .execute(&pool)
-                    .await;
-                }
+                takes_all(&direct, &mut taken).await;
             }
             drop(taken);
             sleep(Duration::from_millis(700)).await;
         }
-        count
     };
-    let ((mut row, _), hogs) = tokio::join!(storms.blow(), hogs);
-    row.faults = hogs;
+    let ((row, _), ()) = tokio::join!(storms.blow_until_a_fault(), hogs);
     world.pool.close().await;
     Outcome::Ran(row)
 }
 
-async fn clock(cluster: Arc<Cluster>, time: Duration) -> Outcome {
+/// Takes ten connections more; whether it was refused one.
+async fn takes_all(direct: &PgConnectOptions, taken: &mut Vec<PgConnection>) -> bool {
+    let more = join_all((0..10).map(|_| PgConnection::connect_with(direct))).await;
+    let refused = more.iter().any(Result::is_err);
+    taken.extend(more.into_iter().flatten());
+    refused
+}
+
+async fn clocks(cluster: Arc<Cluster>, time: Duration) -> Outcome {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/faketime");
     let output = Command::new(script)
         .stdin(Stdio::null())
@@ -701,22 +793,30 @@ async fn clock(cluster: Arc<Cluster>, time: Duration) -> Outcome {
     }
     let library = String::from_utf8(output.stdout).unwrap().trim().to_owned();
     let mut world = World::plain(&cluster).await;
-    let ahead = [
-        ("LD_PRELOAD", library.as_str()),
-        ("FAKETIME", "+3600s"),
-        ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
-        ("DONT_FAKE_MONOTONIC", "1"),
-    ];
-    world.replicas[1] = Replica::start("replica-1", &world.direct, &ahead).await;
+    for (i, off) in ["-3600s", "+3600s"].into_iter().enumerate() {
+        let settings = [
+            ("LD_PRELOAD", library.as_str()),
+            ("FAKETIME", off),
+            ("FAKETIME_DONT_FAKE_MONOTONIC", "1"),
+            ("DONT_FAKE_MONOTONIC", "1"),
+        ];
+        world.replicas[i] = Replica::start(&format!("replica-{i}"), &world.direct, &settings).await;
+    }
     let (mut row, _) = world.storms(time).blow().await;
-    let ahead: i64 = sqlx::query_scalar(
-        "select count(*) from charges where account_id = $1 and created_at > now() + interval '30 minutes'",
+    let (behind, ahead): (i64, i64) = sqlx::query_as(
+        "select count(*) filter (where created_at < now() - interval '30 minutes'),
+                count(*) filter (where created_at > now() + interval '30 minutes')
+         from charges where account_id = $1",
     )
     .bind(world.account_id.0)
     .fetch_one(&world.pool)
     .await
     .unwrap();
-    row.faults = ahead.cast_unsigned();
+    if behind == 0 || ahead == 0 {
+        row.complaints
+            .push("a replica's clock was not wrong".to_owned());
+    }
+    row.faults = (behind + ahead).cast_unsigned();
     Outcome::Ran(row)
 }
 
@@ -750,10 +850,5 @@ async fn pooled(cluster: Arc<Cluster>, time: Duration) -> Outcome {
         &[("TRANSACTION_POOLER", "true")],
     )
     .await;
-    let storms = world.storms(time);
-    let (row, restarts) = restarts_during(&cluster, storms).await;
-    Outcome::Ran(Row {
-        faults: restarts,
-        ..row
-    })
+    Outcome::Ran(restarts_during(&cluster, world.storms(time)).await)
 }
