@@ -108,7 +108,7 @@ fn setting(name: &str) -> Option<String> {
 
 fn print(rows: &[(&str, Outcome)]) {
     println!(
-        "\n| scenario | seconds | faults | requests | told 409 or 503 | told nothing | charges | double | lost | differing | unanswered | tables | history |\n\
+        "\n| scenario | seconds | faults | requests | told 409 or 503 | broken off | charges | double | lost | differing | unanswered | tables | history |\n\
          | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
     );
     let mut sum = Row::default();

@@ -69,9 +69,10 @@ pub struct Row {
     seconds: f64,
     faults: u64,
     requests: u64,
-    /// Of those, how many were told to come again, and how many were told nothing.
+    /// Of those, how many were told to come again, and how many were sent and
+    /// told nothing: their connection broke off.
     put_off: u64,
-    without_answer: u64,
+    broken_off: u64,
     charges: u64,
     counts: [u64; 4],
     tables: u64,
@@ -87,7 +88,7 @@ impl Row {
         self.faults += other.faults;
         self.requests += other.requests;
         self.put_off += other.put_off;
-        self.without_answer += other.without_answer;
+        self.broken_off += other.broken_off;
         self.charges += other.charges;
         for (sum, count) in self.counts.iter_mut().zip(other.counts) {
             *sum += count;
@@ -129,7 +130,7 @@ impl fmt::Display for Row {
             self.faults,
             self.requests,
             self.put_off,
-            self.without_answer,
+            self.broken_off,
             self.charges,
             self.tables
         )
@@ -361,8 +362,8 @@ impl Storms {
             let count = count.as_u64().unwrap_or_default();
             match status.as_str() {
                 "409" | "503" => row.put_off += count,
-                "none" | "not reached" => row.without_answer += count,
-                "200" | "402" | "422" => {}
+                "none" => row.broken_off += count,
+                "200" | "402" | "422" | "not reached" => {}
                 // 500 is a bug of ours, and none of the storm's requests deserves
                 // another 4xx.
                 other => row.complaints.push(format!(
