@@ -1,10 +1,20 @@
 //! `payonce serve`: starts the parts, and ends them in order.
 
-use std::time::Duration;
+use std::{
+    future::{pending, ready},
+    io,
+    net::SocketAddr,
+    time::Duration,
+};
 
-use axum::serve::ListenerExt;
+use axum::{
+    http::{HeaderValue, header::CONNECTION},
+    middleware::map_response,
+    response::Response,
+    serve::{Listener, ListenerExt},
+};
 use tokio::{
-    net::TcpListener,
+    net::{TcpListener, TcpStream},
     signal::unix::{SignalKind, signal},
     sync::watch,
     time::{Instant, sleep_until},
@@ -22,6 +32,10 @@ use crate::{
 
 /// How long a database that is not there yet is waited for at the start.
 const START_PATIENCE: Duration = Duration::from_secs(10);
+
+/// How long idle connections stay open after SIGTERM. Axum closes them at once,
+/// also those on which a request has just arrived that nobody has read yet.
+const LAST_CALL: Duration = Duration::from_millis(250);
 
 /// Runs until SIGTERM or SIGINT, and then until what was taken is done.
 ///
@@ -55,16 +69,30 @@ pub async fn run(config: Serve) -> Result<(), Failure> {
         .await
         .map_err(|error| format!("cannot listen on {}: {error}", config.listen_addr))?;
     let address = listener.local_addr()?;
-    let listener = listener.tap_io(|stream| {
+    let (stop, stopping) = watch::channel(None);
+    let door = Door {
+        listener: Some(listener),
+        address,
+        stopping: stopping.clone(),
+    };
+    let door = door.tap_io(|stream| {
         // An answer is one small packet, and must not wait for another.
         if let Err(error) = stream.set_nodelay(true) {
             warn!(%error, "TCP_NODELAY was refused");
         }
     });
-    let (stop, stopping) = watch::channel(None);
+    let asked_to_stop = stopping.clone();
+    let router = http::router(app).layer(map_response(move |mut response: Response| {
+        if asked_to_stop.borrow().is_some() {
+            let close = HeaderValue::from_static("close");
+            response.headers_mut().insert(CONNECTION, close);
+        }
+        ready(response)
+    }));
     let mut asked_to_stop = stopping.clone();
-    let server = axum::serve(listener, http::router(app)).with_graceful_shutdown(async move {
+    let server = axum::serve(door, router).with_graceful_shutdown(async move {
         let _ = asked_to_stop.changed().await;
+        tokio::time::sleep(LAST_CALL).await;
     });
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -97,6 +125,34 @@ pub async fn run(config: Serve) -> Result<(), Failure> {
     }
     info!("stopped");
     Ok(())
+}
+
+/// Takes connections until it is told to stop, and those that were made by then.
+struct Door {
+    listener: Option<TcpListener>,
+    address: SocketAddr,
+    stopping: watch::Receiver<Option<Instant>>,
+}
+
+impl Listener for Door {
+    type Io = TcpStream;
+    type Addr = SocketAddr;
+
+    async fn accept(&mut self) -> (TcpStream, SocketAddr) {
+        if let Some(listener) = &mut self.listener {
+            tokio::select! {
+                biased;
+                taken = Listener::accept(listener) => return taken,
+                _ = self.stopping.wait_for(Option::is_some) => {}
+            }
+        }
+        self.listener = None;
+        pending().await
+    }
+
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        Ok(self.address)
+    }
 }
 
 /// Comes when the time to finish is over.

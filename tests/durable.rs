@@ -12,6 +12,10 @@ use std::{
 
 use futures::future::join_all;
 use sqlx::PgPool;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
 
 use crate::support::{
     Reply, Service, count, eventually, make_account,
@@ -222,6 +226,47 @@ async fn kill_9_under_load_loses_nothing_and_doubles_nothing(pool: PgPool) {
         count(&pool, "charges").await,
         i64::try_from(acknowledged.len()).unwrap()
     );
+}
+
+/// Writes one request, as a client does that keeps its connection.
+async fn write_request(stream: &mut TcpStream, api_key: &str, key: &str) {
+    let body = r#"{"amount":5000,"currency":"usd"}"#;
+    let request = format!(
+        "POST /v1/charges HTTP/1.1\r\nhost: payonce\r\nauthorization: Bearer {api_key}\r\n\
+         idempotency-key: {key}\r\ncontent-type: application/json\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    stream.write_all(request.as_bytes()).await.unwrap();
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn what_has_arrived_when_sigterm_comes_is_answered(pool: PgPool) {
+    let (_, api_key) = make_account(&pool).await;
+    for round in 0..5 {
+        let process = Process::serve(&url(&pool)).await;
+        let address = process.address.clone();
+        // One connection that was used already, and one that nobody has taken.
+        let mut used = TcpStream::connect(&address).await.unwrap();
+        write_request(&mut used, &api_key, &format!("order_{round}_0")).await;
+        let mut answer = [0; 4096];
+        let length = used.read(&mut answer).await.unwrap();
+        assert!(answer[..length].starts_with(b"HTTP/1.1 200"));
+        // It stands still until requests and signal are there.
+        process.signal("STOP").await;
+        let mut new = TcpStream::connect(&address).await.unwrap();
+        write_request(&mut used, &api_key, &format!("order_{round}_1")).await;
+        write_request(&mut new, &api_key, &format!("order_{round}_2")).await;
+        process.signal("TERM").await;
+        process.signal("CONT").await;
+        for mut stream in [used, new] {
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await.unwrap();
+            assert!(answer.starts_with("HTTP/1.1 200"), "{answer:?}");
+            assert!(answer.contains("connection: close"), "{answer:?}");
+        }
+        assert!(process.ended().await.success());
+    }
+    assert_eq!(count(&pool, "charges").await, 15);
 }
 
 #[sqlx::test(migrator = "payonce::MIGRATOR")]

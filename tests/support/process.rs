@@ -82,8 +82,13 @@ impl Process {
     }
 
     /// SIGTERM, and how it ended.
-    pub async fn terminate(mut self) -> std::process::ExitStatus {
+    pub async fn terminate(self) -> std::process::ExitStatus {
         self.signal("TERM").await;
+        self.ended().await
+    }
+
+    /// How it ended.
+    pub async fn ended(mut self) -> std::process::ExitStatus {
         self.child.wait().await.unwrap()
     }
 }
