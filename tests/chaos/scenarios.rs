@@ -16,7 +16,10 @@ use std::{
 use futures::future::join_all;
 use serde_json::Value;
 use sqlx::{ConnectOptions, Connection, PgConnection, PgPool, postgres::PgConnectOptions};
-use tokio::{process::Command, time::sleep};
+use tokio::{
+    process::Command,
+    time::{sleep, timeout},
+};
 
 use crate::{
     history::{self, Verdict},
@@ -260,6 +263,9 @@ struct Storms {
     watch: Watch,
 }
 
+/// A storm that takes longer has met a service that does not answer any more.
+const STORM_MAX: Duration = Duration::from_mins(10);
+
 /// What the storms, and whoever makes faults meanwhile, tell each other.
 #[derive(Clone, Default)]
 struct Watch {
@@ -335,7 +341,7 @@ impl Storms {
         for target in &self.targets {
             command.args(["--target", target]);
         }
-        let output = command
+        command
             .args(["--database-url", &self.url])
             .args(["--seed", &next_seed().to_string()])
             .arg("--history")
@@ -343,9 +349,12 @@ impl Storms {
             .args(&self.arguments)
             .env("PAYONCE_API_KEY", &self.api_key)
             .stdin(Stdio::null())
-            .output()
-            .await
-            .unwrap();
+            .kill_on_drop(true);
+        let Ok(output) = timeout(STORM_MAX, command.output()).await else {
+            row.complaints.push("the storm does not end".to_owned());
+            return None;
+        };
+        let output = output.unwrap();
         let said = String::from_utf8_lossy(&output.stderr).into_owned();
         let Ok(report) = serde_json::from_slice::<Value>(&output.stdout) else {
             row.complaints.push(format!("the storm broke off: {said}"));
