@@ -466,7 +466,9 @@ async fn killed(cluster: Arc<Cluster>, time: Duration) -> Outcome {
 /// shutdown's: no work may be done whose answer reaches nobody, and no request
 /// that reaches a replica may be told 5xx.
 async fn terminated(cluster: Arc<Cluster>, time: Duration) -> Outcome {
-    let mut world = World::plain(&cluster).await;
+    // A double click on a slow machine is no fault of the shutdown's.
+    let patient = [("DUPLICATE_WAIT", "10s")];
+    let mut world = World::new(&cluster, Clone::clone, &patient).await;
     let mut storms = world.storms(time);
     storms.arguments = vec![
         "--delay",
