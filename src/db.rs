@@ -5,7 +5,7 @@ mod check;
 mod server;
 mod trouble;
 
-use std::time::Duration;
+use std::{borrow::Borrow, time::Duration};
 
 use backon::{BackoffBuilder, ExponentialBuilder};
 use sqlx::{
@@ -29,13 +29,13 @@ pub const READ_TIMEOUT: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// The future's own, or an I/O error of kind `TimedOut`.
-pub async fn within<T>(
+pub async fn within<T, E: From<sqlx::Error>>(
     limit: Duration,
-    future: impl Future<Output = Result<T, sqlx::Error>>,
-) -> Result<T, sqlx::Error> {
+    future: impl Future<Output = Result<T, E>>,
+) -> Result<T, E> {
     tokio::time::timeout(limit, future)
         .await
-        .unwrap_or_else(|_| Err(sqlx::Error::Io(std::io::ErrorKind::TimedOut.into())))
+        .unwrap_or_else(|_| Err(sqlx::Error::Io(std::io::ErrorKind::TimedOut.into()).into()))
 }
 
 /// Pauses between attempts: from 10 ms to half a second, with jitter, without end.
@@ -49,28 +49,31 @@ pub fn backoff() -> impl Iterator<Item = Duration> {
 }
 
 /// Runs a read until it succeeds, rides out a restart of the database, and
-/// gives up at `deadline`.
+/// gives up at `deadline`, in the middle of an attempt if need be.
 ///
 /// # Errors
 /// What the last attempt met; it is logged here.
-pub async fn read<T, F>(deadline: Instant, mut attempt: impl FnMut() -> F) -> Result<T, Trouble>
+pub async fn read<T, E, F>(deadline: Instant, mut attempt: impl FnMut() -> F) -> Result<T, Trouble>
 where
-    F: Future<Output = Result<T, sqlx::Error>>,
+    F: Future<Output = Result<T, E>>,
+    E: From<sqlx::Error> + Borrow<sqlx::Error>,
 {
     let mut pauses = backoff();
     loop {
-        let error = match within(READ_TIMEOUT, attempt()).await {
+        let limit = deadline.saturating_duration_since(Instant::now());
+        let error = match within(limit.min(READ_TIMEOUT), attempt()).await {
             Ok(value) => return Ok(value),
             Err(error) => error,
         };
-        let trouble = Trouble::of(&error);
+        let error: &sqlx::Error = error.borrow();
+        let trouble = Trouble::of(error);
         let pause = pauses.next().unwrap_or_default();
         let again = matches!(
             trouble,
-            Trouble::Passing | Trouble::Blocked | Trouble::TimedOut
+            Trouble::Passing | Trouble::TableLocked | Trouble::RowLocked | Trouble::TimedOut
         );
         if !again || Instant::now() + pause >= deadline {
-            warn!(error = %describe(&error), "a read failed");
+            warn!(error = %describe(error), "a read failed");
             return Err(trouble);
         }
         tokio::time::sleep(pause).await;

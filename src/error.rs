@@ -52,7 +52,7 @@ pub enum Error {
     },
     /// The service cannot do it now; the same request may be sent again.
     Unavailable(Unavailable),
-    /// A bug of ours. Nothing was stored.
+    /// A bug of ours. Nothing is known to be stored.
     Internal,
 }
 
@@ -61,6 +61,10 @@ pub enum Error {
 pub enum Unavailable {
     /// As many commands wait as the queue may hold.
     QueueFull,
+    /// The body did not arrive within the request's deadline.
+    BodyLate,
+    /// The service stops, and had no time left to finish this.
+    ShuttingDown,
     /// The database did not answer, or not within the request's deadline.
     Database,
     /// A newer release wrote the key's row, and this one cannot compare with it.
@@ -311,7 +315,7 @@ pub const CATALOGUE: &[Entry] = &[
         500,
         "api_error",
         "Something went wrong on our side",
-        "Nothing was stored under this key: asking again with it is safe. Tell us the request id if it stays.",
+        "Asking again with the same key is safe: nobody is charged twice. Tell us the request id if it stays.",
         Level::ERROR,
     ),
 ];
@@ -382,6 +386,8 @@ impl Error {
             Self::Parameter(bad) => bad.message.clone(),
             Self::Declined { decline, .. } => decline.message.clone(),
             Self::Unavailable(Unavailable::QueueFull) => "Too many requests are waiting.".to_owned(),
+            Self::Unavailable(Unavailable::BodyLate) => "The body did not arrive in time.".to_owned(),
+            Self::Unavailable(Unavailable::ShuttingDown) => "The service is stopping.".to_owned(),
             Self::Unavailable(Unavailable::Database) => "The database does not answer.".to_owned(),
             Self::Unavailable(Unavailable::NewerRelease) => {
                 "The key was used with a newer release of the service, and this replica is not there yet.".to_owned()
@@ -441,7 +447,8 @@ impl From<Trouble> for Error {
     fn from(trouble: Trouble) -> Self {
         match trouble {
             Trouble::Passing
-            | Trouble::Blocked
+            | Trouble::TableLocked
+            | Trouble::RowLocked
             | Trouble::Exhausted
             | Trouble::TimedOut
             | Trouble::Misconfigured => Self::Unavailable(Unavailable::Database),

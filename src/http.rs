@@ -3,7 +3,7 @@
 pub mod caller;
 mod charges;
 pub mod command;
-mod exchange;
+pub mod exchange;
 mod health;
 pub mod params;
 

@@ -2,38 +2,51 @@
 
 use std::{
     future::{pending, ready},
-    io,
-    net::SocketAddr,
     time::Duration,
 };
 
 use axum::{
+    Router,
     http::{HeaderValue, header::CONNECTION},
     middleware::map_response,
     response::Response,
-    serve::{Listener, ListenerExt},
+    serve::Listener,
+};
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    server::graceful::GracefulShutdown,
+    service::TowerToHyperService,
 };
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::TcpListener,
     signal::unix::{SignalKind, signal},
     sync::watch,
     time::{Instant, sleep_until},
 };
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     cli::Failure,
-    config::Serve,
+    config,
     db::{self, Server, Trouble, Unfit},
     http::{self, App, caller::Callers},
     idempotency::purge,
     writer::{self, Writer},
 };
 
+/// Says when everything has to be finished, once the service is asked to stop.
+type Stopping = watch::Receiver<Option<Instant>>;
+
 /// How long a database that is not there yet is waited for at the start.
 const START_PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long idle connections stay open after SIGTERM. Axum closes them at once,
+/// How long a connection may take for the head of a request, or stay idle: more
+/// than the 60 s after which load balancers commonly close theirs, so that they
+/// never send a request on one that is being closed here.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
+
+/// How long idle connections stay open after SIGTERM. Hyper closes them at once,
 /// also those on which a request has just arrived that nobody has read yet.
 const LAST_CALL: Duration = Duration::from_millis(250);
 
@@ -41,7 +54,7 @@ const LAST_CALL: Duration = Duration::from_millis(250);
 ///
 /// # Errors
 /// What keeps the service from starting, or that it was cut off at the end.
-pub async fn run(config: Serve) -> Result<(), Failure> {
+pub async fn run(config: config::Serve) -> Result<(), Failure> {
     let options = db::connect_options(&config.database.database_url).map_err(Unfit::from)?;
     let server = if config.transaction_pooler {
         Server::behind_pooler(options)
@@ -70,30 +83,6 @@ pub async fn run(config: Serve) -> Result<(), Failure> {
         .map_err(|error| format!("cannot listen on {}: {error}", config.listen_addr))?;
     let address = listener.local_addr()?;
     let (stop, stopping) = watch::channel(None);
-    let door = Door {
-        listener: Some(listener),
-        address,
-        stopping: stopping.clone(),
-    };
-    let door = door.tap_io(|stream| {
-        // An answer is one small packet, and must not wait for another.
-        if let Err(error) = stream.set_nodelay(true) {
-            warn!(%error, "TCP_NODELAY was refused");
-        }
-    });
-    let asked_to_stop = stopping.clone();
-    let router = http::router(app).layer(map_response(move |mut response: Response| {
-        if asked_to_stop.borrow().is_some() {
-            let close = HeaderValue::from_static("close");
-            response.headers_mut().insert(CONNECTION, close);
-        }
-        ready(response)
-    }));
-    let mut asked_to_stop = stopping.clone();
-    let server = axum::serve(door, router).with_graceful_shutdown(async move {
-        let _ = asked_to_stop.changed().await;
-        tokio::time::sleep(LAST_CALL).await;
-    });
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     tokio::spawn(async move {
@@ -107,8 +96,9 @@ pub async fn run(config: Serve) -> Result<(), Failure> {
     info!(%address, "listening");
 
     // First the connections, then the writer, since the connections wait for it.
+    let connections = serve(listener, http::router(app), IDLE_TIMEOUT, stopping.clone());
     let late = tokio::select! {
-        result = server => { result?; false }
+        () = connections => false,
         () = deadline(stopping.clone()) => true,
     };
     purge.abort();
@@ -127,43 +117,59 @@ pub async fn run(config: Serve) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Takes connections until it is told to stop, and those that were made by then.
-struct Door {
-    listener: Option<TcpListener>,
-    address: SocketAddr,
-    stopping: watch::Receiver<Option<Instant>>,
-}
-
-impl Listener for Door {
-    type Io = TcpStream;
-    type Addr = SocketAddr;
-
-    async fn accept(&mut self) -> (TcpStream, SocketAddr) {
-        if let Some(listener) = &mut self.listener {
-            tokio::select! {
-                biased;
-                taken = Listener::accept(listener) => return taken,
-                _ = self.stopping.wait_for(Option::is_some) => {}
-            }
+/// Serves connections until it is told to stop, and then all that were made by
+/// then until their requests are answered.
+async fn serve(
+    mut listener: TcpListener,
+    router: Router,
+    idle_timeout: Duration,
+    mut stopping: Stopping,
+) {
+    let asked_to_stop = stopping.clone();
+    let router = router.layer(map_response(move |mut response: Response| {
+        if asked_to_stop.borrow().is_some() {
+            let close = HeaderValue::from_static("close");
+            response.headers_mut().insert(CONNECTION, close);
         }
-        self.listener = None;
-        pending().await
+        ready(response)
+    }));
+    let connections = GracefulShutdown::new();
+    loop {
+        // What was connected before the stop is in the queue of the listener.
+        let (stream, _) = tokio::select! {
+            biased;
+            taken = Listener::accept(&mut listener) => taken,
+            _ = stopping.wait_for(Option::is_some) => break,
+        };
+        // An answer is one small packet, and must not wait for another.
+        if let Err(error) = stream.set_nodelay(true) {
+            warn!(%error, "TCP_NODELAY was refused");
+        }
+        let connection = http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(idle_timeout)
+            .serve_connection(
+                TokioIo::new(stream),
+                TowerToHyperService::new(router.clone()),
+            );
+        let connection = connections.watch(connection);
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                debug!(%error, "a connection broke");
+            }
+        });
     }
-
-    fn local_addr(&self) -> io::Result<SocketAddr> {
-        Ok(self.address)
-    }
+    drop(listener);
+    tokio::time::sleep(LAST_CALL).await;
+    connections.shutdown().await;
 }
 
 /// Comes when the time to finish is over.
-async fn deadline(mut stopping: watch::Receiver<Option<Instant>>) {
-    if stopping.changed().await.is_err() {
-        return std::future::pending().await;
-    }
-    let end = *stopping.borrow();
+async fn deadline(mut stopping: Stopping) {
+    let end = stopping.wait_for(Option::is_some).await.map(|end| *end);
     match end {
-        Some(end) => sleep_until(end).await,
-        None => std::future::pending().await,
+        Ok(Some(end)) => sleep_until(end).await,
+        _ => pending().await,
     }
 }
 
@@ -182,5 +188,29 @@ async fn wait_until_fit(server: &Server) -> Result<(), Unfit> {
             }
             other => return other,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpStream,
+    };
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_head_that_never_ends_loses_its_connection() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (_stop, stopping) = watch::channel(None);
+        let idle_timeout = Duration::from_millis(200);
+        tokio::spawn(serve(listener, Router::new(), idle_timeout, stopping));
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
+        let mut rest = Vec::new();
+        let closed = tokio::time::timeout(Duration::from_secs(20), stream.read_to_end(&mut rest));
+        let _ = closed.await.expect("the connection stays open");
     }
 }

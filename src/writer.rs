@@ -45,15 +45,17 @@
 //! as a row that carries the command's own charge id, and is a first answer;
 //! what had not is claimed anew under the same charge id. The old connection's
 //! transaction may still be open on the server meanwhile: its keys are waited
-//! for until the command's deadline, since it may be our own work.
+//! for until the command's deadline, since it may be our own work. The same
+//! holds wherever the connection breaks after `begin`.
 //!
 //! # What is done after which fault
 //!
 //! | [`Trouble`] | what is done |
 //! | --- | --- |
 //! | `Passing` (and a time-out of our own) | the same batch again, on a new connection, with backoff, until the deadline; then 503 |
+//! | `TableLocked` | the same batch again, with backoff, until the deadline; then 503 |
 //! | `Exhausted`, `Misconfigured` | 503 for all, nothing is split |
-//! | `Blocked`, `TimedOut`, `Refused` | the transaction is dropped and the batch halved, down to the one command that is to blame: one that waits for a lock goes back to the queue like any key in use, one that takes too long gets 503, one that the database refuses gets 500. The others get their answers |
+//! | `RowLocked`, `TimedOut`, `Refused` | the transaction is dropped and the batch halved, down to the one command that is to blame: one that waits for a lock goes back to the queue like any key in use, one that takes too long gets 503, one that the database refuses gets 500. The others get their answers |
 //!
 //! After any error the transaction is dropped and never committed: `commit()`
 //! returns `Ok` although a failed transaction was rolled back.
@@ -81,7 +83,7 @@ use std::{
 };
 
 use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot},
+    sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError, mpsc, oneshot},
     task::JoinSet,
     time::{Instant, timeout, timeout_at},
 };
@@ -97,9 +99,6 @@ use crate::{
 
 #[cfg(doc)]
 use crate::db::Trouble;
-
-/// How long after its arrival a request is still worked for.
-pub const DEADLINE: Duration = Duration::from_secs(10);
 
 /// Writing tasks per process, each with a connection of its own.
 pub const TASKS: usize = 2;
@@ -211,17 +210,22 @@ impl Writer {
     }
 
     /// Has the command done, once, and gives its answer; a duplicate of a
-    /// command that is queued or running waits for it up to `wait`.
+    /// command that is queued or running waits for it up to `wait`, and nobody
+    /// longer than until `deadline`.
     ///
     /// The work goes on if this future is dropped.
     ///
     /// # Errors
     /// [`Error::KeyReused`], [`Error::KeyInUse`] after `wait`,
-    /// [`Error::Unavailable`] at once if the queue is full and otherwise after
-    /// [`DEADLINE`], [`Error::Internal`].
-    pub async fn submit(&self, command: CreateCharge, wait: Duration) -> Result<Reply, Error> {
-        let arrived = Instant::now();
-        let (wait_until, deadline) = (arrived + wait, arrived + DEADLINE);
+    /// [`Error::Unavailable`] at once if the queue is full and otherwise at
+    /// `deadline`, [`Error::Internal`].
+    pub async fn submit(
+        &self,
+        command: CreateCharge,
+        wait: Duration,
+        deadline: Instant,
+    ) -> Result<Reply, Error> {
+        let wait_until = deadline.min(Instant::now() + wait);
         let command = Arc::new(command);
         loop {
             let (leads, verdict) = self.enter(&command, wait_until, deadline)?;
@@ -231,6 +235,10 @@ impl Writer {
                 Ok(Ok(Verdict::InUse)) if leads => return Err(Error::KeyInUse),
                 Ok(Ok(Verdict::Unavailable)) if leads => {
                     return Err(Error::Unavailable(Unavailable::Database));
+                }
+                // Cut off at the shutdown's deadline: it may have been committed.
+                Ok(Err(_)) if leads && self.shared.room.is_closed() => {
+                    return Err(Error::Unavailable(Unavailable::ShuttingDown));
                 }
                 Ok(Ok(Verdict::Internal) | Err(_)) if leads => return Err(Error::Internal),
                 // The first one met a fault, on its own clock. Ours still runs.
@@ -257,10 +265,13 @@ impl Writer {
                 Ok((false, verdict))
             }
             Entry::Vacant(place) => {
-                let full = Error::Unavailable(Unavailable::QueueFull);
-                let permit = Arc::clone(&self.shared.room)
-                    .try_acquire_owned()
-                    .map_err(|_| full)?;
+                let room = Arc::clone(&self.shared.room);
+                let permit = room.try_acquire_owned().map_err(|why| {
+                    Error::Unavailable(match why {
+                        TryAcquireError::Closed => Unavailable::ShuttingDown,
+                        TryAcquireError::NoPermits => Unavailable::QueueFull,
+                    })
+                })?;
                 place.insert(vec![tell]);
                 drop(waiting);
                 Job {
@@ -282,8 +293,11 @@ impl Writer {
     /// Says whether everything was finished.
     pub async fn shut_down(&self, limit: Duration) -> bool {
         let all = self.shared.room.acquire_many(self.queue_max);
-        let finished = timeout(limit, all).await.is_ok();
+        let all = timeout(limit, all).await;
         self.shared.room.close();
+        // Held until here, so that nothing came in between.
+        let finished = all.is_ok();
+        drop(all);
         let mut tasks =
             std::mem::take(&mut *self.tasks.lock().unwrap_or_else(PoisonError::into_inner));
         tasks.shutdown().await;
@@ -359,5 +373,74 @@ impl Drop for Job {
         if !self.concluded {
             drop(self.release());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use super::*;
+    use crate::{
+        charges::{Charge, ChargeRequest},
+        db,
+        idempotency::Key,
+        ids::{AccountId, RequestId},
+        money::{Amount, Currency},
+        processor::Outcome,
+    };
+
+    fn command() -> CreateCharge {
+        let request = ChargeRequest {
+            amount: Amount::new(5000).unwrap(),
+            currency: Currency::from_code("usd").unwrap(),
+            customer: None,
+            source: None,
+            description: None,
+            metadata: BTreeMap::new(),
+            capture: true,
+        };
+        let fingerprint = Fingerprint::new("POST", "/v1/charges", &request);
+        let charge = Charge::decided(request, Outcome::Approved, RequestId::new());
+        CreateCharge {
+            scope: Scope {
+                account_id: AccountId::new(),
+                key: Key::from_header(b"order_1").unwrap(),
+            },
+            fingerprint,
+            answer: charge.answer(),
+            charge,
+        }
+    }
+
+    /// Between a verdict and the end of its job the key may have got a new
+    /// leader, who must not be forgotten.
+    #[tokio::test]
+    async fn a_concluded_job_lets_go_of_nobody_else() {
+        let nowhere = db::connect_options("postgres://127.0.0.1:1/none").unwrap();
+        let writer = Writer::start(Options {
+            server: Server::direct(nowhere),
+            batch_max: 1,
+            queue_max: 2,
+            answer_ttl: Duration::from_secs(1),
+        });
+        let command = Arc::new(command());
+        let job = |concluded| Job {
+            command: Arc::clone(&command),
+            wait_until: Instant::now(),
+            deadline: Instant::now(),
+            shared: Arc::clone(&writer.shared),
+            concluded,
+            _permit: Arc::clone(&writer.shared.room).try_acquire_owned().unwrap(),
+        };
+        let (tell, mut verdict) = oneshot::channel();
+        let waiting = || writer.shared.waiting();
+        waiting().insert(command.scope.clone(), vec![tell]);
+        drop(job(true));
+        assert!(waiting().contains_key(&command.scope));
+        // And one that is lost before its verdict leaves nobody waiting.
+        drop(job(false));
+        assert!(waiting().is_empty());
+        assert!(verdict.try_recv().is_err());
     }
 }

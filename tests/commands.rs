@@ -2,7 +2,7 @@
 
 use std::{process::Output, time::Duration};
 
-use sqlx::{ConnectOptions, PgPool};
+use sqlx::{ConnectOptions, Connection, Executor, PgConnection, PgPool};
 use tokio::process::Command;
 
 use crate::support::{
@@ -320,5 +320,26 @@ async fn a_server_that_can_lose_charges_is_refused() {
             .unwrap();
         let said = String::from_utf8(output.stderr).unwrap();
         assert!(!output.status.success() && said.contains(setting), "{said}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_cannot_hold_every_text_is_refused() {
+    let cluster = Cluster::start_with("test-encoding", &[]).await;
+    let mut conn = PgConnection::connect(&cluster.url).await.unwrap();
+    conn.execute("create database latin encoding 'SQL_ASCII' locale 'C' template template0")
+        .await
+        .unwrap();
+    let mut url = reqwest::Url::parse(&cluster.url).unwrap();
+    url.set_path("latin");
+    for (command, fits) in [("migrate", true), ("serve", false)] {
+        let output = payonce(&[command])
+            .env("DATABASE_URL", url.as_str())
+            .output()
+            .await
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.success(), fits, "{said}");
+        assert!(fits || said.contains("UTF8"), "{said}");
     }
 }

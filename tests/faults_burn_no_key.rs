@@ -1,15 +1,20 @@
 //! Promise 6: a fault never burns a key. After it the same key is always the
 //! right one to ask again with.
 
-use std::time::{Duration, Instant};
+use std::{
+    convert::Infallible,
+    time::{Duration, Instant},
+};
 
+use axum::body::{Body, Bytes};
 use futures::future::join_all;
 use serde_json::json;
-use sqlx::PgPool;
+use sqlx::{AssertSqlSafe, PgPool};
 
 use crate::support::{
     Service, Settings, count, eventually,
     proxy::{Network, Proxy},
+    somebody_is_blocked,
 };
 
 #[sqlx::test(migrator = "payonce::MIGRATOR")]
@@ -196,4 +201,122 @@ async fn connections_that_the_server_ends_are_replaced(pool: PgPool) {
         .unwrap();
     }
     assert_eq!(service.count_charges().await, 5);
+}
+
+/// What the database says once, and what the client gets then: nothing of it,
+/// or 503 where the same again cannot help. The key works afterwards.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_state_that_passes_is_not_seen_and_a_shortage_is_503(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    sqlx::raw_sql("create sequence times")
+        .execute(&pool)
+        .await
+        .unwrap();
+    for (status, states) in [
+        (
+            200,
+            &[
+                "40000", "40001", "40P01", "25P02", "25P04", "26000", "42P05", "0A000", "57P01",
+                "08006",
+            ][..],
+        ),
+        (
+            503,
+            &[
+                "53100", "53200", "53400", "58030", "3F000", "42703", "42883", "42501",
+            ],
+        ),
+        (500, &["22003", "23514", "XX000"]),
+    ] {
+        for state in states {
+            let raise_once = format!(
+                "create or replace function raise_once() returns trigger language plpgsql as $$ begin
+                     if nextval('times') = 1 then raise exception 'once' using errcode = '{state}'; end if;
+                     return new;
+                 end $$;
+                 alter sequence times restart;
+                 create or replace trigger raise_once before insert on charges
+                     for each row execute function raise_once()"
+            );
+            sqlx::raw_sql(AssertSqlSafe(raise_once))
+                .execute(&pool)
+                .await
+                .unwrap();
+            let reply = service.charge(state).send().await;
+            assert_eq!(reply.status, status, "{state}: {reply:?}");
+            let again = service.charge(state).send().await;
+            assert_eq!(again.status, 200, "{state}: {again:?}");
+            assert_eq!(again.is_replayed(), status == 200, "{state}");
+        }
+    }
+}
+
+/// Reads whose connections died silently in the middle give up, and do not take
+/// their places in the pool with them.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn reads_come_back_after_their_connections_died_silently(pool: PgPool) {
+    let proxy = Proxy::to(&pool).await;
+    let service = Service::start(&pool).await.behind(&proxy);
+    let id = service.charge("order_1").send().await.charge_id();
+    let path = format!("/v1/charges/{id}");
+    let lock = pool
+        .begin_with("begin; lock table charges in access exclusive mode")
+        .await
+        .unwrap();
+    // As many as the pool has connections.
+    let reads: Vec<_> = (0..2)
+        .map(|_| tokio::spawn(service.get(&path).send()))
+        .collect();
+    somebody_is_blocked(&pool).await;
+    proxy.set(Network::Frozen);
+    lock.rollback().await.unwrap();
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    proxy.set(Network::Well);
+    for read in reads {
+        let read = read.await.unwrap();
+        assert_eq!(read.status, 200, "{read:?}");
+    }
+    assert_eq!(service.get(&path).send().await.status, 200);
+}
+
+/// Ten seconds for the exchange, and not for each of its parts.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn what_happens_on_the_way_takes_from_the_requests_time(pool: PgPool) {
+    let service = Service::start(&pool).await.with_cold_callers();
+    let lock = |table| {
+        let begin = format!("begin; lock table {table} in access exclusive mode");
+        pool.begin_with(AssertSqlSafe(begin))
+    };
+    let callers = lock("api_keys").await.unwrap();
+    let started = Instant::now();
+    let requests = [
+        service.charge("order_1").header("prefer", "wait=10"),
+        service.get("/v1/charges"),
+    ]
+    .map(|call| tokio::spawn(call.send()));
+    // The time itself is the fault.
+    tokio::time::sleep(Duration::from_secs(6)).await;
+    let _charges = lock("charges").await.unwrap();
+    callers.rollback().await.unwrap();
+    for request in requests {
+        request.await.unwrap().assert_error(503, "unavailable");
+    }
+    // 16 s and more where each part has its own ten.
+    assert!(
+        started.elapsed() < Duration::from_secs(14),
+        "{:?}",
+        started.elapsed()
+    );
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_body_that_never_ends_is_given_up(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    let never = Body::from_stream(futures::stream::pending::<Result<Bytes, Infallible>>());
+    let call = service
+        .post("/v1/charges", "order_1")
+        .header("content-type", "application/json")
+        .body(never);
+    call.send().await.assert_error(503, "unavailable");
+    assert_eq!(service.charge("order_1").send().await.status, 200);
 }

@@ -7,10 +7,14 @@ use std::{
 };
 
 use futures::future::join_all;
-use payonce::ids::AccountId;
+use payonce::{charges, idempotency::store, ids::AccountId};
 use sqlx::{PgConnection, PgPool};
 
-use crate::support::{Service, Settings, count, eventually, somebody_is_blocked};
+use crate::support::{
+    Service, Settings, command, count, eventually,
+    proxy::{Network, Proxy},
+    somebody_is_blocked,
+};
 
 /// Claims a key as the writer does, and leaves the transaction open: what a
 /// replica that stands still looks like from outside.
@@ -207,4 +211,148 @@ async fn a_client_that_hangs_up_changes_nothing(pool: PgPool) {
     .await
     .unwrap();
     assert_eq!(open, 0, "a transaction stays open");
+}
+
+/// The try-lock, by itself: a claim does not wait for one that another
+/// transaction has made as the writer does.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_claim_does_not_wait_for_another(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    let mut holder = pool.begin_with("begin").await.unwrap();
+    claim(&mut holder, service.account_id, "held", true).await;
+    let (held, free) = (
+        command(service.account_id, "held"),
+        command(service.account_id, "free"),
+    );
+    let mut other = pool
+        .begin_with("begin; set local lock_timeout = '10s'")
+        .await
+        .unwrap();
+    let both = [&held, &free];
+    let claims = charges::claim_and_insert(&mut other, &both, 60.0);
+    let claims = tokio::time::timeout(Duration::from_secs(5), claims)
+        .await
+        .expect("it waits")
+        .unwrap();
+    assert_eq!(claims, [None, Some(charges::Claimed::Charged)]);
+}
+
+/// What `free_expired` leaves alone: an answer that is still good, a row without
+/// one, and a row that somebody else is at.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn only_an_expired_answer_is_freed(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    for key in ["good", "expired", "locked"] {
+        assert_eq!(service.charge(key).send().await.status, 200);
+    }
+    let mut conn = pool.acquire().await.unwrap();
+    claim(&mut conn, service.account_id, "placeholder", false).await;
+    sqlx::query(
+        "update idempotency_keys set expires_at = now() - interval '1 day' where key <> 'good'",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    let _holder = pool
+        .begin_with("begin; select from idempotency_keys where key = 'locked' for update")
+        .await
+        .unwrap();
+    let commands = ["good", "expired", "locked", "placeholder", "free"]
+        .map(|key| command(service.account_id, key));
+    let scopes: Vec<_> = commands.iter().map(|command| &command.scope).collect();
+    sqlx::query("set lock_timeout = '1s'")
+        .execute(&mut *conn)
+        .await
+        .unwrap();
+    let freed = store::free_expired(&mut conn, &scopes).await.unwrap();
+    assert_eq!(freed, [false, true, false, false, false]);
+    assert_eq!(count(&pool, "idempotency_keys").await, 3);
+}
+
+/// The connection dies silently in mid-transaction, and on the server the
+/// transaction lives on and holds the key. It is our own work, so a client that
+/// does not want to wait for others is not told 409 about it.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn our_own_transaction_that_lives_on_is_waited_for(pool: PgPool) {
+    let proxy = Proxy::to(&pool).await;
+    let service = Service::start(&pool).await.behind(&proxy);
+    assert_eq!(service.charge("before").send().await.status, 200);
+    let blocker = pool
+        .begin_with("begin; lock table charges in share mode")
+        .await
+        .unwrap();
+    let request = service.charge("order_1").header("prefer", "wait=0");
+    let request = tokio::spawn(request.send());
+    somebody_is_blocked(&pool).await;
+    proxy.set(Network::Frozen);
+    blocker.rollback().await.unwrap();
+    let in_transaction = || async {
+        sqlx::query_scalar(
+            "select exists (select from pg_stat_activity
+             where datname = current_database() and state = 'idle in transaction')",
+        )
+        .fetch_one(&pool)
+        .await
+        .unwrap()
+    };
+    eventually("our transaction is left open", in_transaction).await;
+    proxy.set(Network::Well);
+    let reply = request.await.unwrap();
+    assert_eq!(reply.status, 200, "{reply:?}");
+    assert_eq!(service.count_charges().await, 2);
+}
+
+/// Somebody changes a table: that is not another request with the key, and is
+/// waited for longer than a duplicate waits.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_locked_table_is_waited_for_and_is_no_key_in_use(pool: PgPool) {
+    let wait = Duration::from_millis(100);
+    let settings = Settings {
+        wait,
+        ..Settings::default()
+    };
+    let service = Service::start_with(&pool, settings).await;
+    assert_eq!(service.charge("before").send().await.status, 200);
+    let lock = pool
+        .begin_with("begin; lock table charges in access exclusive mode")
+        .await
+        .unwrap();
+    let requests: Vec<_> = (0..50)
+        .map(|i| tokio::spawn(service.charge(&format!("order_{i}")).send()))
+        .collect();
+    // The time itself is the fault.
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    lock.rollback().await.unwrap();
+    for request in requests {
+        let reply = request.await.unwrap();
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+    assert_eq!(service.count_charges().await, 51);
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn what_is_cut_off_at_the_end_of_a_shutdown_is_unavailable(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    let mut holder = pool.begin_with("begin").await.unwrap();
+    claim(&mut holder, service.account_id, "held", true).await;
+    let request = service.charge("held").header("prefer", "wait=10");
+    let (cut_off, duplicate) = (
+        tokio::spawn(request.send()),
+        tokio::spawn(service.charge("held").header("prefer", "wait=10").send()),
+    );
+    // Until they are with the writer; if that takes longer they are refused at
+    // its door, in the same words.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let finished = service
+        .app
+        .writer
+        .shut_down(Duration::from_millis(100))
+        .await;
+    assert!(!finished);
+    for request in [cut_off, duplicate] {
+        request.await.unwrap().assert_error(503, "unavailable");
+    }
+    let late = service.charge("order_1").send().await;
+    late.assert_error(503, "unavailable");
+    assert!(late.body.contains("stopping"), "{late:?}");
 }

@@ -4,7 +4,7 @@
 use std::{collections::HashSet, time::Duration};
 
 use futures::future::join_all;
-use payonce::idempotency::purge;
+use payonce::{idempotency::purge, ids::ChargeId};
 use serde_json::json;
 use sqlx::PgPool;
 
@@ -105,6 +105,27 @@ async fn after_the_purge_the_charge_is_found(pool: PgPool) {
         assert!(late.is_replayed());
     }
     assert_eq!(service.count_charges().await, 1);
+}
+
+/// The row that is claimed anew is the old charge's from then on, so that the
+/// next retry is replayed from it.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn after_the_purge_the_row_is_the_old_charges(pool: PgPool) {
+    let service = forgetful(&pool).await;
+    let first = service.charge("order_1").send().await;
+    purge::run_until_done(&pool).await.unwrap();
+    let keeping = service.replica_with(Settings::default());
+    for _ in 0..2 {
+        let late = keeping.charge("order_1").send().await;
+        assert_eq!((late.status, &late.body), (first.status, &first.body));
+        assert!(late.is_replayed());
+        let charge_id: sqlx::types::Uuid =
+            sqlx::query_scalar("select charge_id from idempotency_keys")
+                .fetch_one(&pool)
+                .await
+                .unwrap();
+        assert_eq!(ChargeId(charge_id).to_string(), first.charge_id());
+    }
 }
 
 /// The asker with the other request claims the key again, but for the charge

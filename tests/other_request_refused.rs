@@ -3,18 +3,12 @@
 use std::time::Duration;
 
 use futures::future::join_all;
-use payonce::{
-    charges::{Charge, ChargeRequest, CreateCharge},
-    error::Error,
-    idempotency::{Fingerprint, Key, Scope},
-    ids::RequestId,
-    money::{Amount, Currency},
-    processor::Outcome,
-};
+use payonce::{error::Error, idempotency::Fingerprint};
 use serde_json::json;
 use sqlx::PgPool;
+use tokio::time::Instant;
 
-use crate::support::{Call, Service, somebody_is_blocked};
+use crate::support::{Call, Service, command, somebody_is_blocked};
 
 fn other_body(service: &Service, key: &str) -> Call {
     service
@@ -101,44 +95,18 @@ async fn an_honest_retry_behind_a_misuse_is_replayed(pool: PgPool) {
 #[sqlx::test(migrator = "payonce::MIGRATOR")]
 async fn another_path_under_the_same_key_is_refused(pool: PgPool) {
     let service = Service::start(&pool).await;
-    let request = ChargeRequest {
-        amount: Amount::new(5000).unwrap(),
-        currency: Currency::from_code("usd").unwrap(),
-        customer: None,
-        source: None,
-        description: None,
-        metadata: std::collections::BTreeMap::default(),
-        capture: true,
+    let submit = async |path: &str| {
+        let mut command = command(service.account_id, "order_1");
+        command.fingerprint = Fingerprint::new("POST", path, &command.charge.request);
+        let wait = Duration::from_secs(2);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        service.app.writer.submit(command, wait, deadline).await
     };
-    let to = |path: &str| {
-        let charge = Charge::decided(request.clone(), Outcome::Approved, RequestId::new());
-        CreateCharge {
-            scope: Scope {
-                account_id: service.account_id,
-                key: Key::from_header(b"order_1").unwrap(),
-            },
-            fingerprint: Fingerprint::new("POST", path, &request),
-            answer: charge.answer(),
-            charge,
-        }
-    };
-    let wait = Duration::from_secs(2);
-    let first = service
-        .app
-        .writer
-        .submit(to("/v1/charges"), wait)
-        .await
-        .unwrap();
-    let replay = service
-        .app
-        .writer
-        .submit(to("/v1/charges"), wait)
-        .await
-        .unwrap();
+    let first = submit("/v1/charges").await.unwrap();
+    let replay = submit("/v1/charges").await.unwrap();
     assert!(replay.replayed && !first.replayed);
     assert_eq!(replay.answer, first.answer);
-    let other = service.app.writer.submit(to("/v1/other"), wait).await;
-    assert_eq!(other, Err(Error::KeyReused));
+    assert_eq!(submit("/v1/other").await, Err(Error::KeyReused));
 }
 
 /// A row of a newer release can be neither replayed nor refused by this one.

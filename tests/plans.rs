@@ -1,46 +1,22 @@
 //! No statement of the service reads a table from end to end, although all of
 //! them were planned while the tables were empty and keep their plans.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::time::Duration;
 
 use payonce::{
-    accounts,
-    charges::{self, Charge, ChargeRequest, CreateCharge},
+    accounts, charges,
     db::Server,
-    idempotency::{Answer, Fingerprint, Key, Scope, store},
-    ids::{AccountId, ChargeId, RequestId},
-    money::{Amount, Currency},
-    processor::Outcome,
+    idempotency::{Answer, store},
+    ids::{AccountId, ChargeId},
 };
 use sqlx::{Connection, PgConnection, PgPool, Postgres, pool::PoolConnection};
+
+use crate::support::command;
 
 /// After so many executions PostgreSQL settles for a generic plan.
 const UNTIL_GENERIC: usize = 8;
 const ROWS: i64 = 20_000;
 const BATCH: i64 = 64;
-
-fn command(key: &str) -> CreateCharge {
-    let request = ChargeRequest {
-        amount: Amount::new(5000).unwrap(),
-        currency: Currency::from_code("usd").unwrap(),
-        customer: None,
-        source: None,
-        description: None,
-        metadata: BTreeMap::default(),
-        capture: true,
-    };
-    let fingerprint = Fingerprint::new("POST", "/v1/charges", &request);
-    let charge = Charge::decided(request, Outcome::Approved, RequestId::new());
-    CreateCharge {
-        scope: Scope {
-            account_id: ACCOUNT,
-            key: Key::from_header(key.as_bytes()).unwrap(),
-        },
-        fingerprint,
-        answer: charge.answer(),
-        charge,
-    }
-}
 
 const ACCOUNT: AccountId = AccountId(sqlx::types::Uuid::from_u128(7));
 
@@ -90,7 +66,7 @@ impl Statement {
             "old"
         };
         let commands: Vec<_> = (1..=BATCH)
-            .map(|i| command(&format!("{prefix}_{i}")))
+            .map(|i| command(ACCOUNT, &format!("{prefix}_{i}")))
             .collect();
         let scopes: Vec<_> = commands.iter().map(|command| &command.scope).collect();
         let mut transaction = conn.begin().await.unwrap();

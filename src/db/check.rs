@@ -27,7 +27,7 @@ pub enum Unfit {
         /// Of how many.
         total: usize,
     },
-    /// A crash could lose what was acknowledged, or nothing can be written.
+    /// What was acknowledged could be lost, or nothing can be written.
     #[error("PostgreSQL runs with {setting}, and {consequence}")]
     Unsafe {
         /// The setting as it is.
@@ -83,6 +83,7 @@ async fn check_durability(conn: &mut PgConnection) -> Result<(), Unfit> {
             current_setting('fsync') = 'off' as "no_fsync!",
             current_setting('full_page_writes') = 'off' as "no_full_page_writes!",
             current_setting('synchronous_commit') as "synchronous_commit!",
+            current_setting('server_encoding') <> 'UTF8' as "other_encoding!",
             pg_is_in_recovery() as "in_recovery!"
         "#
     )
@@ -103,6 +104,11 @@ async fn check_durability(conn: &mut PgConnection) -> Result<(), Unfit> {
             server.in_recovery,
             "recovery in progress",
             "a standby takes no charges: point DATABASE_URL at the primary",
+        ),
+        (
+            server.other_encoding,
+            "a database encoding other than UTF8",
+            "could not keep every answer as it was given",
         ),
     ];
     for (met, setting, consequence) in unsafe_settings {

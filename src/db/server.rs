@@ -140,7 +140,14 @@ impl Server {
                 .options
                 .clone()
                 .options([("plan_cache_mode", "force_custom_plan")]);
-            return pool.connect_lazy_with(options);
+            // The ping that sqlx sends at every release has no limit, and on a
+            // connection that died silently it would keep its place in the pool
+            // until the kernel gives up.
+            return pool
+                .after_release(|conn, _| {
+                    Box::pin(async move { within(READ_TIMEOUT, conn.ping()).await.map(|()| true) })
+                })
+                .connect_lazy_with(options);
         }
         // A connection is in a transaction for as long as somebody has it: the
         // statement and its preparation then meet the same session.
@@ -154,7 +161,8 @@ impl Server {
             Box::pin(async move { conn.execute(begin).await.map(|_| true) })
         })
         .after_release(|conn, _| {
-            Box::pin(async move { conn.execute("commit").await.map(|_| true) })
+            let commit = within(READ_TIMEOUT, conn.execute("commit"));
+            Box::pin(async move { commit.await.map(|_| true) })
         })
         .connect_lazy_with(self.options.clone())
     }

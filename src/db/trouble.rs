@@ -1,5 +1,7 @@
 //! What the errors of PostgreSQL mean for whoever meets them.
 
+use sqlx::{error::DatabaseError, postgres::PgDatabaseError};
+
 /// What an error of the database means for whoever met it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Trouble {
@@ -7,9 +9,12 @@ pub enum Trouble {
     Passing,
     /// Disk or memory are short: nothing that we send again helps.
     Exhausted,
-    /// A lock was not to be had in time: something in the batch waits for
+    /// The lock on a table was not to be had in time: somebody changes the
+    /// tables, and every command waits for them.
+    TableLocked,
+    /// A row was not to be had in time: something in the batch waits for
     /// another transaction.
-    Blocked,
+    RowLocked,
     /// A statement took too long.
     TimedOut,
     /// Nobody can log in, or the tables are not there: not ready.
@@ -23,7 +28,14 @@ impl Trouble {
     #[must_use]
     pub fn of(error: &sqlx::Error) -> Self {
         match error {
-            sqlx::Error::Database(error) => Self::of_sqlstate(&error.code().unwrap_or_default()),
+            sqlx::Error::Database(error) => {
+                match Self::of_sqlstate(&error.code().unwrap_or_default()) {
+                    // PostgreSQL names the row in the error's context, and there is
+                    // none where a table's lock was waited for.
+                    Self::RowLocked if !has_context(&**error) => Self::TableLocked,
+                    trouble => trouble,
+                }
+            }
             sqlx::Error::Io(_)
             | sqlx::Error::Tls(_)
             | sqlx::Error::Protocol(_)
@@ -36,21 +48,32 @@ impl Trouble {
 
     fn of_sqlstate(code: &str) -> Self {
         match code {
-            // Serialization, unknown completion, deadlock; a stale plan; a
-            // session that was idle too long; too many connections; a server
+            // A rollback of the server's making (serialization, unknown
+            // completion, deadlock); a stale plan; a statement that is not
+            // prepared here, or is already; a session or a transaction that
+            // took too long, or failed before; too many connections; a server
             // that became read-only, as after a failover; one that shuts down,
             // crashed, or is not up yet.
-            "40001" | "40003" | "40P01" | "0A000" | "25P03" | "53300" | "25006" | "57P01"
-            | "57P02" | "57P03" | "57P04" | "57P05" => Self::Passing,
-            "55P03" => Self::Blocked,
+            "40000" | "40001" | "40003" | "40P01" | "0A000" | "26000" | "42P05" | "25P02"
+            | "25P03" | "25P04" | "53300" | "25006" | "57P01" | "57P02" | "57P03" | "57P04"
+            | "57P05" => Self::Passing,
+            "55P03" => Self::RowLocked,
             "57014" => Self::TimedOut,
-            "53100" | "53200" | "58030" => Self::Exhausted,
-            "3D000" | "42P01" | "42501" => Self::Misconfigured,
+            "53100" | "53200" | "53400" | "58030" => Self::Exhausted,
+            // The database, schema, table, column or function is not there, or
+            // not ours.
+            "3D000" | "3F000" | "42P01" | "42703" | "42883" | "42501" => Self::Misconfigured,
             _ if code.starts_with("08") => Self::Passing,
             _ if code.starts_with("28") => Self::Misconfigured,
             _ => Self::Refused,
         }
     }
+}
+
+fn has_context(error: &dyn DatabaseError) -> bool {
+    error
+        .try_downcast_ref::<PgDatabaseError>()
+        .is_some_and(|error| error.r#where().is_some())
 }
 
 /// The error for a log. What the database says of data that it refuses repeats
@@ -79,12 +102,13 @@ mod tests {
             (
                 Trouble::Passing,
                 &[
-                    "08000", "08006", "40001", "40003", "40P01", "57P01", "57P02", "57P03",
-                    "57P04", "57P05", "53300", "25006", "25P03", "0A000",
+                    "08000", "08006", "40000", "40001", "40003", "40P01", "57P01", "57P02",
+                    "57P03", "57P04", "57P05", "53300", "25006", "25P02", "25P03", "25P04",
+                    "26000", "42P05", "0A000",
                 ][..],
             ),
-            (Trouble::Exhausted, &["53100", "53200", "58030"]),
-            (Trouble::Blocked, &["55P03"]),
+            (Trouble::Exhausted, &["53100", "53200", "53400", "58030"]),
+            (Trouble::RowLocked, &["55P03"]),
             (Trouble::TimedOut, &["57014"]),
             (
                 Trouble::Refused,
@@ -94,7 +118,9 @@ mod tests {
             ),
             (
                 Trouble::Misconfigured,
-                &["28P01", "28000", "3D000", "42P01", "42501"],
+                &[
+                    "28P01", "28000", "3D000", "3F000", "42P01", "42501", "42703", "42883",
+                ],
             ),
         ] {
             for code in codes {

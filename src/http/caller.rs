@@ -1,6 +1,6 @@
 //! Who asks: from an API key to an account.
 
-use std::{sync::Arc, time::Duration};
+use std::time::Duration;
 
 use axum::{
     extract::FromRequestParts,
@@ -11,13 +11,12 @@ use moka::future::Cache;
 use sqlx::PgPool;
 use tokio::time::Instant;
 
-use super::App;
+use super::{App, exchange::Exchange};
 use crate::{
     accounts::{self, ApiKey, SecretHash},
-    db::{self, Trouble},
+    db,
     error::Error,
     ids::AccountId,
-    writer::DEADLINE,
 };
 
 /// How long an account is remembered. A look-up takes a second at most
@@ -44,11 +43,6 @@ pub struct Callers {
     remembered: Cache<SecretHash, AccountId>,
 }
 
-enum Unknown {
-    Key,
-    Because(Trouble),
-}
-
 impl Callers {
     /// Looks keys up in `pool`.
     #[must_use]
@@ -60,23 +54,23 @@ impl Callers {
         Self { pool, remembered }
     }
 
-    async fn identify(&self, key: &ApiKey) -> Result<AccountId, Error> {
+    /// Each request asks on its own clock; what they share is an attempt.
+    async fn identify(&self, key: &ApiKey, deadline: Instant) -> Result<AccountId, Error> {
         let hash = key.hash();
-        let look_up = async {
-            db::read(Instant::now() + DEADLINE, || {
-                accounts::authenticate(&self.pool, hash)
-            })
-            .await
-            .map_err(Unknown::Because)?
-            .ok_or(Unknown::Key)
+        let look_up = || async {
+            let known = accounts::authenticate(&self.pool, hash).await?;
+            known.ok_or(sqlx::Error::RowNotFound)
         };
-        self.remembered
-            .try_get_with(hash, look_up)
-            .await
-            .map_err(|unknown: Arc<Unknown>| match *unknown {
-                Unknown::Key => Error::ApiKeyInvalid,
-                Unknown::Because(trouble) => trouble.into(),
-            })
+        let attempt = || async {
+            match self.remembered.try_get_with(hash, look_up()).await {
+                Ok(account_id) => Ok(Some(account_id)),
+                Err(error) if matches!(*error, sqlx::Error::RowNotFound) => Ok(None),
+                Err(error) => Err(error),
+            }
+        };
+        db::read(deadline, attempt)
+            .await?
+            .ok_or(Error::ApiKeyInvalid)
     }
 }
 
@@ -84,9 +78,10 @@ impl FromRequestParts<App> for Caller {
     type Rejection = Error;
 
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Error> {
+        let Ok(Exchange { deadline, .. }) = Exchange::from_request_parts(parts, app).await;
         let key = api_key(&parts.headers).ok_or(Error::ApiKeyInvalid)?;
         Ok(Self {
-            account_id: app.callers.identify(&key).await?,
+            account_id: app.callers.identify(&key, deadline).await?,
         })
     }
 }

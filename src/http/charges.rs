@@ -6,12 +6,12 @@ use axum::{
     response::Response,
 };
 use serde::Serialize;
-use tokio::time::Instant;
 
 use super::{
     App,
     caller::Caller,
     command::{Command, FromParams},
+    exchange::Exchange,
     json,
     params::{Params, missing, not_allowed},
 };
@@ -22,7 +22,7 @@ use crate::{
     ids::ChargeId,
     money::{AMOUNT_MAX, Amount, Currency},
     processor::sandbox,
-    writer::{DEADLINE, Reply},
+    writer::Reply,
 };
 
 const CUSTOMER_MAX: usize = 255;
@@ -68,7 +68,7 @@ pub(super) async fn create(
         fingerprint,
         request,
         wait,
-        request_id,
+        exchange,
     } = command;
     let outcome = sandbox::decide(request.source.as_deref()).ok_or_else(|| {
         not_allowed(
@@ -76,7 +76,7 @@ pub(super) async fn create(
             "must be one of Stripe's test tokens, such as tok_visa.",
         )
     })?;
-    let charge = Charge::decided(request, outcome, request_id);
+    let charge = Charge::decided(request, outcome, exchange.id);
     let answer = charge.answer();
     let command = CreateCharge {
         scope,
@@ -84,12 +84,14 @@ pub(super) async fn create(
         charge,
         answer,
     };
-    app.writer.submit(command, wait).await.map(reply)
+    let reply = app.writer.submit(command, wait, exchange.deadline).await?;
+    Ok(answer_with(reply))
 }
 
 /// `GET /v1/charges/{id}`
 pub(super) async fn retrieve(
     State(app): State<App>,
+    exchange: Exchange,
     caller: Caller,
     id: Result<Path<String>, PathRejection>,
     RawQuery(query): RawQuery,
@@ -99,13 +101,14 @@ pub(super) async fn retrieve(
     // A path that is not UTF-8 names no charge.
     let Path(id) = id.map_err(|_| missing.clone())?;
     let id: ChargeId = id.parse().map_err(|_| missing.clone())?;
-    let charge = find(&app, caller, id).await?.ok_or(missing)?;
+    let charge = find(&app, exchange, caller, id).await?.ok_or(missing)?;
     Ok(json(StatusCode::OK, charge.to_json()))
 }
 
 /// `GET /v1/charges`
 pub(super) async fn list(
     State(app): State<App>,
+    exchange: Exchange,
     caller: Caller,
     RawQuery(query): RawQuery,
 ) -> Result<Response, Error> {
@@ -123,12 +126,12 @@ pub(super) async fn list(
                 param: Some("starting_after"),
             };
             let id: ChargeId = id.parse().map_err(|_| missing.clone())?;
-            find(&app, caller, id).await?.ok_or(missing)?;
+            find(&app, exchange, caller, id).await?.ok_or(missing)?;
             Some(id)
         }
     };
     // One more than asked for tells whether there are more.
-    let mut charges = db::read(Instant::now() + DEADLINE, || {
+    let mut charges = db::read(exchange.deadline, || {
         charges::list(&app.pool, caller.account_id, after, limit + 1)
     })
     .await?;
@@ -154,15 +157,20 @@ struct List<T> {
     data: Vec<T>,
 }
 
-async fn find(app: &App, caller: Caller, id: ChargeId) -> Result<Option<Charge>, Error> {
-    let charge = db::read(Instant::now() + DEADLINE, || {
+async fn find(
+    app: &App,
+    exchange: Exchange,
+    caller: Caller,
+    id: ChargeId,
+) -> Result<Option<Charge>, Error> {
+    let charge = db::read(exchange.deadline, || {
         charges::find(&app.pool, caller.account_id, id)
     })
     .await?;
     Ok(charge)
 }
 
-fn reply(Reply { answer, replayed }: Reply) -> Response {
+fn answer_with(Reply { answer, replayed }: Reply) -> Response {
     let status = StatusCode::from_u16(answer.status).unwrap_or(StatusCode::OK);
     let mut response = json(status, answer.body.to_string());
     let headers = response.headers_mut();

@@ -9,21 +9,16 @@ use axum::{
 };
 use http_body_util::LengthLimitError;
 use serde::Serialize;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use super::{App, caller::Caller, exchange::Exchange, params::Params};
 use crate::{
-    error::{BadParameter, Error, ParameterCode},
+    error::{BadParameter, Error, ParameterCode, Unavailable},
     idempotency::{Fingerprint, Key, MalformedKey, Scope},
-    ids::RequestId,
 };
 
 /// The largest body, in bytes.
 pub const BODY_MAX: usize = 64 * 1024;
-
-/// How long a body may take to arrive. One that never ends would keep its
-/// connection, and a shutdown, waiting.
-const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The longest time that `Prefer: wait=N` can ask for.
 pub const WAIT_MAX: Duration = Duration::from_secs(10);
@@ -48,8 +43,8 @@ pub struct Command<T> {
     pub request: T,
     /// How long to wait if the key is in use.
     pub wait: Duration,
-    /// Goes into an answer that is stored.
-    pub request_id: RequestId,
+    /// In which it was asked for.
+    pub exchange: Exchange,
 }
 
 impl<T: FromParams> FromRequest<App> for Command<T> {
@@ -59,14 +54,14 @@ impl<T: FromParams> FromRequest<App> for Command<T> {
     /// type, which key, what.
     async fn from_request(request: Request, app: &App) -> Result<Self, Error> {
         let (mut parts, body) = request.into_parts();
+        let Ok(exchange) = Exchange::from_request_parts(&mut parts, app).await;
         let Caller { account_id } = Caller::from_request_parts(&mut parts, app).await?;
-        let request_id = Exchange::id(&parts.extensions);
         let media_type = MediaType::of(&parts.headers)?;
         let key = idempotency_key(&parts.headers)?;
         if let Some(query) = parts.uri.query() {
             Params::from_form(query.as_bytes())?.finish()?;
         }
-        let body = read_body(&parts.headers, body).await?;
+        let body = read_body(&parts.headers, body, exchange.deadline).await?;
         let mut params = match media_type {
             Some(MediaType::Json) => Params::from_json(&body)?,
             Some(MediaType::Form) => Params::from_form(&body)?,
@@ -80,7 +75,7 @@ impl<T: FromParams> FromRequest<App> for Command<T> {
             scope: Scope { account_id, key },
             request: typed,
             wait: preferred_wait(&parts.headers).unwrap_or(app.wait),
-            request_id,
+            exchange,
         })
     }
 }
@@ -131,25 +126,28 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Key, Error> {
     Key::from_header(value.as_bytes()).map_err(Error::KeyInvalid)
 }
 
-async fn read_body(headers: &HeaderMap, body: axum::body::Body) -> Result<Bytes, Error> {
+/// The whole body, or an error at the deadline: one that never ends would keep
+/// its connection, and a shutdown, waiting.
+async fn read_body(
+    headers: &HeaderMap,
+    body: axum::body::Body,
+    deadline: Instant,
+) -> Result<Bytes, Error> {
     let announced = headers
         .get(header::CONTENT_LENGTH)
         .and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
     if announced.is_some_and(|length| length > BODY_MAX) {
         return Err(Error::BodyTooLarge(BODY_MAX));
     }
-    let unreadable = |message: &str| {
-        Error::Parameter(BadParameter {
-            code: ParameterCode::Unreadable,
-            param: None,
-            message: message.to_owned(),
-        })
-    };
-    match timeout(BODY_TIMEOUT, axum::body::to_bytes(body, BODY_MAX)).await {
+    match timeout_at(deadline, axum::body::to_bytes(body, BODY_MAX)).await {
         Ok(Ok(bytes)) => Ok(bytes),
         Ok(Err(error)) if is_too_long(&error) => Err(Error::BodyTooLarge(BODY_MAX)),
-        Ok(Err(_)) => Err(unreadable("The body ended in the middle, or is broken.")),
-        Err(_) => Err(unreadable("The body did not arrive in time.")),
+        Ok(Err(_)) => Err(Error::Parameter(BadParameter {
+            code: ParameterCode::Unreadable,
+            param: None,
+            message: "The body ended in the middle, or is broken.".to_owned(),
+        })),
+        Err(_) => Err(Error::Unavailable(Unavailable::BodyLate)),
     }
 }
 

@@ -1,38 +1,61 @@
-//! One HTTP exchange: its id, and errors in the one shape that they have.
+//! One HTTP exchange: its id, how long it may take, and errors in the one shape
+//! that they have.
 
-use std::{any::Any, time::Instant};
+use std::{any::Any, convert::Infallible, time::Duration};
 
 use axum::{
     body::Body,
-    extract::Request,
-    http::{Extensions, HeaderValue, StatusCode, header},
+    extract::{FromRequestParts, Request},
+    http::{HeaderValue, StatusCode, header, request::Parts},
     middleware::Next,
     response::{IntoResponse, Response},
 };
+use tokio::time::Instant;
 use tracing::{Level, debug, error, warn};
 
 use crate::{error::Error, ids::RequestId};
 
-/// Tells the exchange's id to whoever needs it.
-pub(super) struct Exchange;
+/// How long after its arrival a request is still worked for, whatever it meets
+/// on its way: an API key to be looked up, a body that comes slowly, a database
+/// that is away.
+const DEADLINE: Duration = Duration::from_secs(10);
+
+/// What is known of an exchange before anything was read of it.
+#[derive(Debug, Clone, Copy)]
+pub struct Exchange {
+    /// For the answer's header, and for the log.
+    pub id: RequestId,
+    /// When its answer has to be there.
+    pub deadline: Instant,
+}
 
 impl Exchange {
-    /// The id that [`track`] gave; a handler cannot be reached but through it.
-    pub(super) fn id(extensions: &Extensions) -> RequestId {
-        extensions
-            .get::<RequestId>()
-            .copied()
-            .unwrap_or_else(RequestId::new)
+    fn begin() -> Self {
+        Self {
+            id: RequestId::new(),
+            deadline: Instant::now() + DEADLINE,
+        }
+    }
+}
+
+impl<S: Sync> FromRequestParts<S> for Exchange {
+    type Rejection = Infallible;
+
+    /// The one that [`track`] began; no handler can be reached but through it.
+    async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
+        let begun = parts.extensions.get().copied();
+        Ok(begun.unwrap_or_else(Self::begin))
     }
 }
 
 /// Around everything: gives the exchange an id, writes the body of an error,
 /// and logs what is not in order.
 pub(super) async fn track(mut request: Request, next: Next) -> Response {
-    let id = RequestId::new();
+    let exchange = Exchange::begin();
+    let id = exchange.id;
     let started = Instant::now();
     let method = request.method().clone();
-    request.extensions_mut().insert(id);
+    request.extensions_mut().insert(exchange);
 
     let mut response = next.run(request).await;
     if let Some(error) = response.extensions_mut().remove::<Error>() {

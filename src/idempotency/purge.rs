@@ -1,6 +1,6 @@
 //! The purge: removes answers that are past their time.
 //!
-//! Each step is one short statement that commits by itself, so a purge never
+//! Each step is one short statement in a transaction of its own, so a purge never
 //! holds a lock for long, and a step that dies has done nothing. `skip locked`
 //! lets any number of replicas purge side by side, and lets a request that
 //! takes an expired key over go first. A row without an answer stays: it is the
@@ -12,9 +12,15 @@ use std::time::Duration;
 use sqlx::{PgExecutor, PgPool};
 use tracing::{debug, warn};
 
+use crate::db;
+
 /// Rows of one step. Large enough that the steps' commits do not count, small
 /// enough that a step takes milliseconds.
 pub const STEP_ROWS: i64 = 1000;
+
+/// How long a step may take. More than the server's `statement_timeout`: it
+/// strikes where the connection died silently, and would keep the purge forever.
+const STEP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Deletes up to `limit` expired rows, oldest first, and says how many it did.
 ///
@@ -50,7 +56,7 @@ pub async fn run_once(executor: impl PgExecutor<'_>, limit: i64) -> Result<u64, 
 pub async fn run_until_done(pool: &PgPool) -> Result<u64, sqlx::Error> {
     let mut total = 0;
     loop {
-        let count = run_once(pool, STEP_ROWS).await?;
+        let count = db::within(STEP_TIMEOUT, run_once(pool, STEP_ROWS)).await?;
         total += count;
         // Not "until 0": where answers are kept for a second, the next ones
         // expire while these go.
@@ -69,7 +75,7 @@ pub async fn run_forever(pool: PgPool, interval: Duration) {
         match run_until_done(&pool).await {
             Ok(0) => {}
             Ok(count) => debug!(count, "purged expired answers"),
-            Err(error) => warn!(error = %crate::db::describe(&error), "the purge did not finish"),
+            Err(error) => warn!(error = %db::describe(&error), "the purge did not finish"),
         }
     }
 }

@@ -79,7 +79,7 @@ impl Task {
             if part.is_empty() {
                 return None;
             }
-            let error = match self.attempt(&part).await {
+            let error = match self.attempt(&mut part).await {
                 Ok(found) => {
                     for (job, found) in part.into_iter().zip(found) {
                         match found {
@@ -94,28 +94,18 @@ impl Task {
             let trouble = Trouble::of(&error);
             warn!(error = %describe(&error), ?trouble, batch_len = part.len(), "a batch failed");
             match trouble {
-                Trouble::Passing => {
-                    self.conn = None;
-                    // It may be our own transaction that holds the keys now.
-                    for job in &mut part {
-                        job.wait_until = job.deadline;
-                    }
+                Trouble::Passing | Trouble::TableLocked => {
                     tokio::time::sleep(pauses.next().unwrap_or_default()).await;
                 }
-                Trouble::Exhausted | Trouble::Misconfigured => {
-                    self.conn = None;
-                    conclude_all(part, &Verdict::Unavailable);
-                    return None;
-                }
-                Trouble::Blocked | Trouble::TimedOut | Trouble::Refused if part.len() > 1 => {
+                Trouble::RowLocked | Trouble::TimedOut | Trouble::Refused if part.len() > 1 => {
                     let second = part.split_off(part.len() / 2);
                     return Some((part, second));
                 }
-                Trouble::Blocked => {
+                Trouble::RowLocked => {
                     part.into_iter().for_each(come_back_later);
                     return None;
                 }
-                Trouble::TimedOut => {
+                Trouble::Exhausted | Trouble::Misconfigured | Trouble::TimedOut => {
                     conclude_all(part, &Verdict::Unavailable);
                     return None;
                 }
@@ -139,26 +129,37 @@ impl Task {
     ///
     /// On an error nothing of it is kept here; on the server it may have been
     /// committed if the error came from the connection.
-    async fn attempt(&mut self, part: &[Job]) -> Result<Vec<Found>, sqlx::Error> {
+    async fn attempt(&mut self, part: &mut [Job]) -> Result<Vec<Found>, sqlx::Error> {
         let commands: Vec<&CreateCharge> = part.iter().map(|job| &*job.command).collect();
         let ttl = self.options.answer_ttl.as_secs_f64();
         let mut conn = match self.conn.take() {
             Some(conn) => conn,
             None => self.options.server.connect().await?,
         };
-        let result = db::within(ATTEMPT_TIMEOUT, async {
+        let result: Result<_, sqlx::Error> = db::within(ATTEMPT_TIMEOUT, async {
             let mut transaction = self.options.server.begin(&mut conn).await?;
             let found = write(&mut transaction, &commands, ttl).await?;
             transaction.commit().await?;
             Ok(found)
         })
         .await;
-        // A connection on which an attempt was cut off is in the middle of
-        // something; one that only brought an error from the server is not.
-        if !matches!(&result, Err(error) if Trouble::of(error) == Trouble::Passing) {
-            self.conn = Some(conn);
-        }
         debug!(batch_len = part.len(), ok = result.is_ok(), "batch");
+        match &result {
+            // Cut off in the middle: the transaction may still be open on the
+            // server, and it may be our own work that holds the keys now.
+            Err(error) if error.as_database_error().is_none() => {
+                for job in part {
+                    job.wait_until = job.deadline;
+                }
+            }
+            Err(error) => match Trouble::of(error) {
+                // The session may be a part of what is wrong.
+                Trouble::Passing | Trouble::Exhausted | Trouble::Misconfigured => {}
+                Trouble::Refused if part.len() == 1 => {}
+                _ => self.conn = Some(conn),
+            },
+            Ok(_) => self.conn = Some(conn),
+        }
         result
     }
 }

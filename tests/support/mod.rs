@@ -5,7 +5,7 @@ pub mod postgres;
 pub mod process;
 pub mod proxy;
 
-use std::time::Duration;
+use std::{collections::BTreeMap, time::Duration};
 
 use axum::{
     Router,
@@ -15,9 +15,13 @@ use axum::{
 use http_body_util::BodyExt;
 use payonce::{
     accounts,
+    charges::{Charge, ChargeRequest, CreateCharge},
     db::Server,
     http::{App, caller::Callers, router},
-    ids::AccountId,
+    idempotency::{Fingerprint, Key, Scope},
+    ids::{AccountId, RequestId},
+    money::{Amount, Currency},
+    processor::Outcome,
     writer::{self, Writer},
 };
 use serde_json::{Value, json};
@@ -213,6 +217,30 @@ pub async fn make_account(pool: &PgPool) -> (AccountId, String) {
         .unwrap()
         .unwrap();
     (account_id, api_key.reveal().to_owned())
+}
+
+/// A wish for a charge as it enters the writer.
+pub fn command(account_id: AccountId, key: &str) -> CreateCharge {
+    let request = ChargeRequest {
+        amount: Amount::new(5000).unwrap(),
+        currency: Currency::from_code("usd").unwrap(),
+        customer: None,
+        source: None,
+        description: None,
+        metadata: BTreeMap::default(),
+        capture: true,
+    };
+    let fingerprint = Fingerprint::new("POST", "/v1/charges", &request);
+    let charge = Charge::decided(request, Outcome::Approved, RequestId::new());
+    CreateCharge {
+        scope: Scope {
+            account_id,
+            key: Key::from_header(key.as_bytes()).unwrap(),
+        },
+        fingerprint,
+        answer: charge.answer(),
+        charge,
+    }
 }
 
 /// A request that has not been sent yet.

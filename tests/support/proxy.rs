@@ -1,6 +1,7 @@
 //! A TCP proxy between the service and PostgreSQL that can be told to fail.
 
 use std::{
+    future::pending,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
@@ -26,6 +27,9 @@ pub enum Network {
     Down,
     /// Nothing arrives, and nobody is told so.
     Silent,
+    /// What is connected never moves again and is not told so; what connects
+    /// later is well.
+    Frozen,
     /// Everything takes this long, each way.
     Slow(Duration),
 }
@@ -109,8 +113,13 @@ async fn forward(
     committed_first: &AtomicBool,
 ) {
     let (mut from_client, mut from_server) = (vec![0; 1 << 16], vec![0; 1 << 16]);
+    let mut freeze = network.clone();
     loop {
         tokio::select! {
+            biased;
+            () = async { let _ = freeze.wait_for(|network| *network == Network::Frozen).await; } => {
+                return pending().await;
+            }
             read = client.read(&mut from_client) => {
                 let Ok(length @ 1..) = read else { return };
                 let bytes = &from_client[..length];
@@ -142,7 +151,7 @@ async fn forward(
 async fn pass(network: &mut watch::Receiver<Network>) {
     let now = *network.borrow();
     match now {
-        Network::Well | Network::Down => {}
+        Network::Well | Network::Down | Network::Frozen => {}
         Network::Slow(delay) => tokio::time::sleep(delay).await,
         Network::Silent => {
             let _ = network
