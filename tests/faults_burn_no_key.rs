@@ -12,9 +12,8 @@ use serde_json::json;
 use sqlx::{AssertSqlSafe, PgPool};
 
 use crate::support::{
-    Service, Settings, count, eventually,
+    Service, Settings, are_blocked, count, eventually,
     proxy::{Network, Proxy},
-    somebody_is_blocked,
 };
 
 #[sqlx::test(migrator = "payonce::MIGRATOR")]
@@ -267,7 +266,7 @@ async fn reads_come_back_after_their_connections_died_silently(pool: PgPool) {
     let reads: Vec<_> = (0..2)
         .map(|_| tokio::spawn(service.get(&path).send()))
         .collect();
-    somebody_is_blocked(&pool).await;
+    are_blocked(&pool, 2).await;
     proxy.set(Network::Frozen);
     lock.rollback().await.unwrap();
     tokio::time::sleep(Duration::from_millis(100)).await;

@@ -276,7 +276,12 @@ async fn only_an_expired_answer_is_freed(pool: PgPool) {
 async fn our_own_transaction_that_lives_on_is_waited_for(pool: PgPool) {
     let proxy = Proxy::to(&pool).await;
     let service = Service::start(&pool).await.behind(&proxy);
-    assert_eq!(service.charge("before").send().await.status, 200);
+    // Both writing tasks have prepared their statement then, and what blocks is
+    // its execution, not its preparation.
+    for i in 0..6 {
+        let before = service.charge(&format!("before_{i}")).send().await;
+        assert_eq!(before.status, 200);
+    }
     let blocker = pool
         .begin_with("begin; lock table charges in share mode")
         .await
@@ -299,7 +304,7 @@ async fn our_own_transaction_that_lives_on_is_waited_for(pool: PgPool) {
     proxy.set(Network::Well);
     let reply = request.await.unwrap();
     assert_eq!(reply.status, 200, "{reply:?}");
-    assert_eq!(service.count_charges().await, 2);
+    assert_eq!(service.count_charges().await, 7);
 }
 
 /// Somebody changes a table: that is not another request with the key, and is

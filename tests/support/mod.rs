@@ -346,6 +346,11 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, mut condition: imp
 /// Waits until somebody in this database waits for a lock: a request that runs
 /// into a lock of the test's is then in the middle of its statement.
 pub async fn somebody_is_blocked(pool: &PgPool) {
+    are_blocked(pool, 1).await;
+}
+
+/// The same for so many at once.
+pub async fn are_blocked(pool: &PgPool, sessions: i64) {
     let blocked = || async {
         let count: i64 = sqlx::query_scalar(
             "select count(*) from pg_locks join pg_database on pg_database.oid = database
@@ -354,7 +359,7 @@ pub async fn somebody_is_blocked(pool: &PgPool) {
         .fetch_one(pool)
         .await
         .unwrap();
-        count > 0
+        count >= sessions
     };
-    eventually("a request runs into the lock", blocked).await;
+    eventually("requests run into the lock", blocked).await;
 }
