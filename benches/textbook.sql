@@ -5,10 +5,10 @@
 \set a random(1000000000000000, 9999999999999999)
 \set b random(1000000000000000, 9999999999999999)
 begin;
-insert into idempotency_keys (account_id, key, request_hash, charge_id, created_at, expires_at)
+insert into idempotency_keys (account_id, key, request_hash, operation_id, request_id, created_at, expires_at)
 values (
     :account::uuid, :a::text || '-' || :b::text, :hash::bytea, (:a::text || :b::text)::uuid,
-    now(), now() + interval '24 hours'
+    (:b::text || :a::text)::uuid, now(), now() + interval '24 hours'
 )
 on conflict do nothing;
 insert into charges (

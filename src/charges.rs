@@ -1,6 +1,9 @@
 //! Charges: what is asked for, what becomes of it, and the SQL of its table.
 
-use std::collections::{BTreeMap, HashMap};
+use std::{
+    collections::{BTreeMap, HashMap},
+    time::Duration,
+};
 
 use serde::Serialize;
 use sqlx::{Executor, FromRow, PgConnection, PgExecutor, types::Json};
@@ -9,7 +12,10 @@ use uuid::Uuid;
 use crate::{
     db::{Unprepared, position, unreadable},
     error::Error,
-    idempotency::{Answer, Fingerprint, Scope},
+    idempotency::{
+        Answer, Fingerprint, Key, Rule, Scope,
+        store::{self, NewRow},
+    },
     ids::{AccountId, ChargeId, RequestId},
     money::{Amount, Currency},
     processor::{Decline, Outcome},
@@ -79,10 +85,102 @@ pub struct CreateCharge {
     pub scope: Scope,
     /// Of the request.
     pub fingerprint: Fingerprint,
+    /// How long the answer is kept, and what a duplicate gets.
+    pub rule: Rule,
+    /// Whether the key is the client's, and the charge carries it for good. The
+    /// key of a request without one is forgotten with its row.
+    pub keyed: bool,
+    /// What it must not meet under another key.
+    pub guard: Option<Guard>,
     /// The charge, if the key is free.
     pub charge: Charge,
     /// What the client gets, if the key is free.
     pub answer: Answer,
+}
+
+/// The guard against a client that mints a new key for each retry: a key of its
+/// own that stands for account, customer, amount and currency, and is held by
+/// the last charge of them.
+///
+/// It is claimed in the charge's transaction, and not looked at before: of any
+/// number of requests at once, on any number of replicas, one gets it.
+#[derive(Debug, Clone)]
+pub struct Guard {
+    /// The guard's key.
+    pub scope: Scope,
+    /// Of what the key stands for.
+    pub fingerprint: Fingerprint,
+    /// How long a charge holds it.
+    pub window: Duration,
+    /// What becomes of a charge that finds it held.
+    pub finds_another: FindsAnother,
+}
+
+/// What becomes of a charge that looks like another one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum FindsAnother {
+    /// It is made: the client says that it means it.
+    Allowed,
+    /// It is made, and the client is told.
+    Warned,
+    /// It is not made.
+    Refused,
+}
+
+impl Guard {
+    /// For a charge like this; `None` for one that no other can look like: it
+    /// names no customer, or takes no money.
+    #[must_use]
+    pub fn of(
+        charge: &Charge,
+        account_id: AccountId,
+        window: Duration,
+        finds_another: FindsAnother,
+    ) -> Option<Self> {
+        let request = &charge.request;
+        let customer = request.customer.as_deref()?;
+        if charge.status != Status::Succeeded {
+            return None;
+        }
+        let alike = (customer, request.amount, request.currency);
+        let fingerprint = Fingerprint::new("", "", &alike);
+        Some(Self {
+            scope: Scope {
+                account_id,
+                key: Key::internal("guard", fingerprint.as_bytes()),
+            },
+            fingerprint,
+            window,
+            finds_another,
+        })
+    }
+}
+
+impl CreateCharge {
+    /// The row of its key, as it stands once the charge is made.
+    #[must_use]
+    pub fn row(&self) -> NewRow<'_> {
+        NewRow {
+            scope: &self.scope,
+            fingerprint: self.fingerprint,
+            operation_id: self.charge.id.0,
+            request_id: self.charge.request_id,
+            answer: Some(&self.answer),
+            keep: self.rule.keep,
+        }
+    }
+
+    /// The row of its guard: held by this charge. There is nothing to answer.
+    #[must_use]
+    pub fn guard_row<'a>(&'a self, guard: &'a Guard, nothing: &'a Answer) -> NewRow<'a> {
+        NewRow {
+            scope: &guard.scope,
+            fingerprint: guard.fingerprint,
+            keep: guard.window,
+            answer: Some(nothing),
+            ..self.row()
+        }
+    }
 }
 
 impl Charge {
@@ -119,11 +217,13 @@ impl Charge {
                 };
                 Answer {
                     status: error.entry().status,
+                    head: None,
                     body: error.body(self.request_id).into(),
                 }
             }
             Status::Pending | Status::Succeeded => Answer {
                 status: 200,
+                head: None,
                 body: self.to_json().into(),
             },
         }
@@ -309,7 +409,6 @@ pub enum Claimed {
 pub async fn claim_and_insert(
     conn: &mut PgConnection,
     commands: &[&CreateCharge],
-    answer_ttl_seconds: f64,
 ) -> Result<Vec<Option<Claimed>>, sqlx::Error> {
     macro_rules! column {
         ($command:ident => $value:expr) => {
@@ -326,26 +425,29 @@ pub async fn claim_and_insert(
             select * from unnest(
                 $1::uuid[], $2::text[], $3::bytea[], $4::uuid[], $5::int2[], $6::text[],
                 $7::int8[], $8::text[], $9::text[], $10::text[], $11::text[], $12::text[],
-                $13::bool[], $14::text[], $15::text[], $16::text[], $17::text[], $18::timestamptz[], $20::uuid[]
+                $13::bool[], $14::text[], $15::text[], $16::text[], $17::text[], $18::timestamptz[], $19::uuid[],
+                $20::float8[], $21::bool[]
             ) as input (
                 account_id, key, request_hash, charge_id, response_status, response_body,
                 amount, currency, customer, source, description, metadata,
-                capture, status, failure_code, decline_code, failure_message, created_at, request_id
+                capture, status, failure_code, decline_code, failure_message, created_at, request_id,
+                keep, keyed
             )
         ),
         claimed as (
             insert into idempotency_keys (
-                account_id, key, request_hash, charge_id, response_status, response_body,
-                created_at, expires_at
+                account_id, key, request_hash, operation_id, request_id, response_status,
+                response_body, created_at, expires_at
             )
             select
-                account_id, key, request_hash, charge_id, response_status, response_body::json,
-                statement_timestamp(), statement_timestamp() + make_interval(secs => $19)
+                account_id, key, request_hash, charge_id, request_id, response_status,
+                response_body::json, statement_timestamp(),
+                statement_timestamp() + make_interval(secs => keep)
             from input
             where pg_try_advisory_xact_lock(hashtextextended(key, uuid_hash_extended(account_id, 0)))
             order by account_id, key collate "C"
             on conflict do nothing
-            returning account_id, key, charge_id
+            returning account_id, key, operation_id as charge_id
         ),
         charged as (
             insert into charges (
@@ -354,7 +456,7 @@ pub async fn claim_and_insert(
                 failure_message, created_at, request_id
             )
             select
-                account_id, charge_id, input.key, request_hash, amount, currency, customer,
+                account_id, charge_id, case when keyed then input.key end, request_hash, amount, currency, customer,
                 source, description, metadata::jsonb, capture, status, failure_code, decline_code,
                 failure_message, input.created_at, request_id
             from input
@@ -385,32 +487,67 @@ pub async fn claim_and_insert(
         &column!(c => failure(c).and_then(|d| d.decline_code)) as &[Option<String>],
         &column!(c => failure(c).map(|d| d.message)) as &[Option<String>],
         &column!(c => c.charge.id.created_at()),
-        answer_ttl_seconds,
         &column!(c => c.charge.request_id.0),
+        &column!(c => c.rule.keep.as_secs_f64()),
+        &column!(c => c.keyed),
     )
     .fetch_all(conn)
     .await?;
 
-    let mut position: HashMap<Uuid, usize> = commands
-        .iter()
-        .enumerate()
-        .map(|(i, c)| (c.charge.id.0, i))
-        .collect();
-    let mut claims = vec![None; commands.len()];
-    for row in rows {
-        if let Some(i) = position.remove(&row.charge_id) {
-            claims[i] = Some(if row.charged {
+    let claims: HashMap<Uuid, Claimed> = rows
+        .into_iter()
+        .map(|row| {
+            let claimed = if row.charged {
                 Claimed::Charged
             } else {
                 Claimed::ChargeExists
-            });
-        }
-    }
-    Ok(claims)
+            };
+            (row.charge_id, claimed)
+        })
+        .collect();
+    Ok(commands
+        .iter()
+        .map(|c| claims.get(&c.charge.id.0).copied())
+        .collect())
 }
 
 fn metadata_text(metadata: &BTreeMap<String, String>) -> String {
     serde_json::to_string(metadata).expect("a map of strings is always JSON")
+}
+
+/// Takes back what this transaction has just claimed and charged, for commands
+/// that must not be done after all: nobody has seen it.
+///
+/// # Errors
+/// What the database said.
+pub async fn withdraw(
+    conn: &mut PgConnection,
+    commands: &[&CreateCharge],
+) -> Result<(), sqlx::Error> {
+    let scopes: Vec<_> = commands.iter().map(|c| &c.scope).collect();
+    store::release(conn, &scopes).await?;
+    let query = sqlx::query!(
+        r#"
+        delete from charges
+        where ctid = any (array(
+            select made.id
+            from unnest($1::uuid[], $2::uuid[]) as input (account_id, charge_id)
+            cross join lateral (
+                select charges.ctid as id from charges
+                where charges.account_id = input.account_id
+                  and charges.charge_id = input.charge_id
+                limit 1
+            ) as made
+        ))
+        "#,
+        &commands
+            .iter()
+            .map(|c| c.scope.account_id.0)
+            .collect::<Vec<_>>(),
+        &commands.iter().map(|c| c.charge.id.0).collect::<Vec<_>>(),
+    );
+    conn.execute(Unprepared(query)).await?;
+    Ok(())
 }
 
 /// The charges that carry these keys, with their fingerprints; `None` where no

@@ -8,7 +8,7 @@ use sqlx::{Connection, PgConnection};
 use crate::{
     MIGRATOR,
     accounts::{self, ApiKey, NAME_MAX},
-    config::{Database, LogFormat, Serve},
+    config::{Database, LogFormat, RuleChanges, Serve},
     db,
     idempotency::purge,
     ids::{AccountId, ApiKeyId},
@@ -50,6 +50,8 @@ enum Task {
     ApiKey(ApiKeyTask),
     /// Remove expired answers now, until none is left
     Purge(Database),
+    /// Show how long keys are kept and what a duplicate gets, by what it is
+    Rules(RuleChanges),
     /// Attack a running service the way real networks do, and audit it
     Storm(Box<storm::Options>),
 }
@@ -148,6 +150,7 @@ impl Cli {
                 check_api_key(&database, &api_key).await
             }
             Task::Purge(database) => purge_now(&database).await,
+            Task::Rules(changes) => print(&changes.rules()?.to_string()),
             Task::Storm(options) => storm::run(*options).await,
         }
     }

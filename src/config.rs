@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use clap::{ArgAction, Args, ValueEnum};
 
-use crate::http::command::WAIT_MAX;
+use crate::{
+    http::{DuplicateGuard, Keyless, command::WAIT_MAX},
+    idempotency::{Change, Rules},
+};
 
 /// Where the data is.
 #[derive(Debug, Clone, Args)]
@@ -30,9 +33,23 @@ pub struct Serve {
     )]
     pub listen_addr: String,
 
-    /// How long the answer to a request is kept for its retries
-    #[arg(long, env = "ANSWER_TTL", default_value = "24h", value_parser = positive, value_name = "DURATION")]
-    pub answer_ttl: Duration,
+    /// How long keys are kept.
+    #[command(flatten)]
+    pub rules: RuleChanges,
+
+    /// What becomes of a POST without an Idempotency-Key: fingerprint lets it
+    /// through once, and refuses the same again for 30s
+    #[arg(long, env = "KEYLESS", value_enum, default_value = "refuse")]
+    pub keyless: Keyless,
+
+    /// What becomes of a charge of the same customer, amount and currency under
+    /// another key, a moment after the first
+    #[arg(long, env = "DUPLICATE_GUARD", value_enum, default_value = "off")]
+    pub duplicate_guard: DuplicateGuard,
+
+    /// How long that moment is
+    #[arg(long, env = "DUPLICATE_GUARD_WINDOW", default_value = "5m", value_parser = positive, value_name = "DURATION")]
+    pub duplicate_guard_window: Duration,
 
     /// How long a duplicate of a running request waits before it gets 409; at
     /// most 10s. A client can ask for another time by `Prefer: wait=N`
@@ -63,6 +80,30 @@ pub struct Serve {
     /// How long running requests may take to finish after SIGTERM
     #[arg(long, env = "SHUTDOWN_TIMEOUT", default_value = "15s", value_parser = positive, value_name = "DURATION")]
     pub shutdown_timeout: Duration,
+}
+
+/// Rules that differ from the defaults.
+#[derive(Debug, Clone, Args)]
+pub struct RuleChanges {
+    /// How long a key is kept, and what a duplicate gets: webhook=14d or
+    /// form=2h,refuse; several with spaces between. `payonce rules` shows them
+    #[arg(
+        long = "rule",
+        env = "RULES",
+        value_delimiter = ' ',
+        value_name = "RULE"
+    )]
+    changes: Vec<Change>,
+}
+
+impl RuleChanges {
+    /// The rules with the changes.
+    ///
+    /// # Errors
+    /// If two changes are about the same scenario.
+    pub fn rules(&self) -> Result<Rules, String> {
+        Rules::with(&self.changes)
+    }
 }
 
 /// How log lines are written, to standard error. `RUST_LOG` says which.

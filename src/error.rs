@@ -38,6 +38,15 @@ pub enum Error {
     KeyReused,
     /// The key's first request still runs after the wait.
     KeyInUse,
+    /// A request without a key that was made before, a moment ago.
+    DuplicateRequest {
+        /// The exchange in which it was.
+        original: RequestId,
+        /// What it made.
+        charge: ChargeId,
+    },
+    /// The same customer was charged the same under another key, a moment ago.
+    DuplicateCharge(ChargeId),
     /// The processor declined. An outcome, not a fault: it is stored.
     Declined {
         /// Why.
@@ -291,6 +300,20 @@ pub const CATALOGUE: &[Entry] = &[
         "Ask again with the same key and the same request; its answer is replayed once it is there.",
         Level::DEBUG,
     ),
+    Entry::refusal(
+        "duplicate_request",
+        409,
+        "idempotency_error",
+        "The same request was made a moment ago, without a key",
+        "`error.charge` is the charge that it made. If this is a new wish, send it with an Idempotency-Key, or wait until the first one is forgotten.",
+    ),
+    Entry::refusal(
+        "duplicate_charge",
+        409,
+        "idempotency_error",
+        "The customer was charged the same amount a moment ago, under another key",
+        "`error.charge` is that charge. A retry has to carry the key of the first try. If this is a new wish, send it with Payonce-Allow-Duplicate: true.",
+    ),
     Entry::decline("card_declined", "The card was declined"),
     Entry::decline("expired_card", "The card has expired"),
     Entry::decline("incorrect_cvc", "The card's security code is incorrect"),
@@ -343,6 +366,8 @@ impl Error {
             },
             Self::KeyReused => "idempotency_key_reused",
             Self::KeyInUse => "idempotency_key_in_use",
+            Self::DuplicateRequest { .. } => "duplicate_request",
+            Self::DuplicateCharge(_) => "duplicate_charge",
             Self::Declined { decline, .. } => CATALOGUE
                 .iter()
                 .find(|entry| entry.status == 402 && entry.code == decline.code)
@@ -407,6 +432,9 @@ impl Error {
         let page = format!("/errors/{}", entry.code);
         let (decline_code, charge) = match self {
             Self::Declined { decline, charge } => (decline.decline_code.as_deref(), Some(*charge)),
+            Self::DuplicateRequest { charge, .. } | Self::DuplicateCharge(charge) => {
+                (None, Some(*charge))
+            }
             _ => (None, None),
         };
         let problem = Problem {
@@ -415,6 +443,10 @@ impl Error {
             status: entry.status,
             detail: &detail,
             instance: request_id,
+            original_request_id: match self {
+                Self::DuplicateRequest { original, .. } => Some(*original),
+                _ => None,
+            },
             retry: Retry {
                 same_key: entry.same_key,
                 new_key: entry.new_key,
@@ -465,6 +497,8 @@ struct Problem<'a> {
     status: u16,
     detail: &'a str,
     instance: RequestId,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    original_request_id: Option<RequestId>,
     retry: Retry,
     error: StripeError<'a>,
 }

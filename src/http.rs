@@ -22,6 +22,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 
 use crate::{
     error::{CATALOGUE, Error},
+    idempotency::Rules,
     writer::Writer,
 };
 use caller::Callers;
@@ -37,6 +38,35 @@ pub struct App {
     pub callers: Callers,
     /// How long a duplicate waits, unless it says so itself.
     pub wait: Duration,
+    /// How long keys are kept.
+    pub rules: Rules,
+    /// What becomes of a POST without a key.
+    pub keyless: Keyless,
+    /// Whether charges are looked over that look like another one.
+    pub duplicate_guard: DuplicateGuard,
+    /// For how long.
+    pub duplicate_guard_window: Duration,
+}
+
+/// What becomes of a POST without an `Idempotency-Key`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Keyless {
+    /// It is refused.
+    Refuse,
+    /// Its content is its key, for a few seconds.
+    Fingerprint,
+}
+
+/// What becomes of a charge that looks like another one: the same account,
+/// customer, amount and currency, under another key, within a window.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum DuplicateGuard {
+    /// Nothing: it is a charge like any other.
+    Off,
+    /// It is made; the answer names the other one, and so does the log.
+    Warn,
+    /// It is refused.
+    Refuse,
 }
 
 /// The whole service as one [`tower`](https://docs.rs/tower) service.

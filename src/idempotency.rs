@@ -20,14 +20,20 @@
 //!    those who hold them.
 
 mod fingerprint;
+pub mod inbound;
 mod key;
+mod policy;
 pub mod purge;
 pub mod store;
 
 pub use fingerprint::Fingerprint;
 pub use key::{KEY_MAX, Key, MalformedKey};
+pub use policy::{Change, Duplicate, Rule, Rules, Scenario};
+
+use sqlx::PgConnection;
 
 use crate::ids::AccountId;
+use store::{KeyRow, NewRow};
 
 /// Where a key is looked up: keys belong to an account, so that two merchants
 /// may use the same text, and a rotated API key does not make a retry a new
@@ -45,6 +51,113 @@ pub struct Scope {
 pub struct Answer {
     /// HTTP status: 200 or 402 for a charge.
     pub status: u16,
+    /// What else belongs to it, as JSON, where status and body are not all.
+    pub head: Option<std::sync::Arc<str>>,
     /// The body, byte for byte.
     pub body: std::sync::Arc<str>,
+}
+
+/// Why a key was not to be had.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Taken {
+    /// It has an answer.
+    Answered(KeyRow),
+    /// Its answer had expired, and it is free now: claim it again.
+    Freed,
+    /// Somebody is at it: ask again in a moment.
+    InUse,
+}
+
+/// What became of a claim.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Claimed {
+    /// The key is this transaction's.
+    Claimed,
+    /// It has an answer.
+    Answered(KeyRow),
+    /// Somebody is at it: ask again in a moment.
+    InUse,
+}
+
+/// The general form's first step: claims keys, takes those over whose answers
+/// have expired, and says of the others why they were not to be had. Then comes
+/// the work, then [`store::answer`], then COMMIT.
+///
+/// One statement where all keys are free, two where some have answers, at most
+/// seven where some have expired as well. Never waits for another transaction,
+/// unless that one inserted its row without the try-lock.
+///
+/// # Errors
+/// What the database said; nothing of the transaction may be kept then.
+pub async fn claim(
+    conn: &mut PgConnection,
+    rows: &[NewRow<'_>],
+) -> Result<Vec<Claimed>, sqlx::Error> {
+    let mut claims = vec![Claimed::InUse; rows.len()];
+    let mut open: Vec<usize> = (0..rows.len()).collect();
+    // Twice: a key that was freed can still go to another of the same slice.
+    for _ in 0..2 {
+        if open.is_empty() {
+            break;
+        }
+        let wanted: Vec<_> = open.iter().map(|&i| rows[i]).collect();
+        let got = store::claim(conn, &wanted).await?;
+        let mut taken = Vec::new();
+        for (i, got) in open.into_iter().zip(got) {
+            if got {
+                claims[i] = Claimed::Claimed;
+            } else {
+                taken.push(i);
+            }
+        }
+        open = Vec::new();
+        if taken.is_empty() {
+            break;
+        }
+        let scopes: Vec<_> = taken.iter().map(|&i| rows[i].scope).collect();
+        for (i, why) in taken.into_iter().zip(why_taken(conn, &scopes).await?) {
+            match why {
+                Taken::Answered(row) => claims[i] = Claimed::Answered(row),
+                Taken::Freed => open.push(i),
+                Taken::InUse => {}
+            }
+        }
+    }
+    Ok(claims)
+}
+
+/// Says of keys that could not be claimed why, and frees those whose answers
+/// have expired.
+///
+/// # Errors
+/// What the database said.
+pub async fn why_taken(
+    conn: &mut PgConnection,
+    scopes: &[&Scope],
+) -> Result<Vec<Taken>, sqlx::Error> {
+    let rows = store::read(conn, scopes).await?;
+    let mut expired = Vec::new();
+    let mut why = Vec::with_capacity(scopes.len());
+    for (i, row) in rows.into_iter().enumerate() {
+        why.push(match row {
+            Some(row) if row.expired => {
+                expired.push(i);
+                Taken::InUse
+            }
+            Some(row) if row.answer.is_some() => Taken::Answered(row),
+            // Claimed and not answered, or not to be seen yet, or purged this
+            // very moment: all of them pass.
+            Some(_) | None => Taken::InUse,
+        });
+    }
+    if !expired.is_empty() {
+        let scopes: Vec<_> = expired.iter().map(|&i| scopes[i]).collect();
+        let freed = store::free_expired(conn, &scopes).await?;
+        for (i, freed) in expired.into_iter().zip(freed) {
+            if freed {
+                why[i] = Taken::Freed;
+            }
+        }
+    }
+    Ok(why)
 }

@@ -55,6 +55,7 @@ const LAST_CALL: Duration = Duration::from_millis(250);
 /// # Errors
 /// What keeps the service from starting, or that it was cut off at the end.
 pub async fn run(config: config::Serve) -> Result<(), Failure> {
+    let rules = config.rules.rules()?;
     let options = db::connect_options(&config.database.database_url).map_err(Unfit::from)?;
     let server = if config.transaction_pooler {
         Server::behind_pooler(options)
@@ -68,7 +69,6 @@ pub async fn run(config: config::Serve) -> Result<(), Failure> {
         server,
         batch_max: config.batch_max.into(),
         queue_max: config.queue_max,
-        answer_ttl: config.answer_ttl,
     });
     let purge = tokio::spawn(purge::run_forever(pool.clone(), config.purge_interval));
     let app = App {
@@ -76,6 +76,10 @@ pub async fn run(config: config::Serve) -> Result<(), Failure> {
         pool: pool.clone(),
         writer: writer.clone(),
         wait: config.duplicate_wait,
+        rules,
+        keyless: config.keyless,
+        duplicate_guard: config.duplicate_guard,
+        duplicate_guard_window: config.duplicate_guard_window,
     };
 
     let listener = TcpListener::bind(&config.listen_addr)

@@ -16,12 +16,15 @@
 //! | 3 | read the rows of keys that were not claimed (`store::read`) | a key was not free |
 //! | 4 | free keys whose answers have expired (`store::free_expired`) | such a row was read |
 //! | 5 | claim and insert again, for those | one was freed |
-//! | 6 | read the charges that carry a claimed key already (`charges::by_key`) | a claim met one |
-//! | 7 | put the answers of those charges in their rows (`store::replace`) | likewise |
-//! | 8 | `commit` | always |
+//! | 6 | claim the guards of new charges (`idempotency::claim`) | the duplicate guard is on |
+//! | 7 to 10 | the same for guards as 3 to 5 for keys, and read once more | a guard was not free |
+//! | 11, 12 | take charges back that their guards refuse (`charges::withdraw`) | likewise |
+//! | 13 | read the charges that carry a claimed key already (`charges::by_key`) | a claim met one |
+//! | 14 | put the answers of those charges in their rows (`store::answer`) | likewise |
+//! | 15 | `commit` | always |
 //!
-//! Fresh charges take three trips, replays four, whatever the size of the
-//! batch. Nothing else happens while the transaction is open.
+//! Fresh charges take three trips (four with the guard), replays four, whatever
+//! the size of the batch. Nothing else happens while the transaction is open.
 //!
 //! # What if the process dies
 //!
@@ -93,8 +96,8 @@ use crate::{
     charges::CreateCharge,
     db::Server,
     error::{Error, Unavailable},
-    idempotency::{Answer, Fingerprint, Scope},
-    ids::ChargeId,
+    idempotency::{Answer, Duplicate, Fingerprint, Scope},
+    ids::{ChargeId, RequestId},
 };
 
 #[cfg(doc)]
@@ -112,8 +115,6 @@ pub struct Options {
     pub batch_max: usize,
     /// Most commands that are queued or running; more are refused with 503.
     pub queue_max: u32,
-    /// How long answers are kept.
-    pub answer_ttl: Duration,
 }
 
 /// The way to have something written. Clones share one queue.
@@ -140,6 +141,8 @@ enum Verdict {
     Row(Arc<Settled>),
     /// Another replica holds the key, and the wait has passed.
     InUse,
+    /// It looks like this charge, and was not made.
+    Guarded(ChargeId),
     /// The database could not be had in time.
     Unavailable,
     /// The database refuses this command, or we have a bug.
@@ -151,7 +154,10 @@ enum Verdict {
 struct Settled {
     fingerprint: Fingerprint,
     charge_id: ChargeId,
+    request_id: RequestId,
     answer: Answer,
+    /// A charge that this one looks like, if it was just made.
+    duplicate_of: Option<ChargeId>,
 }
 
 /// What the client gets.
@@ -161,6 +167,8 @@ pub struct Reply {
     pub answer: Answer,
     /// Whether the answer is one that was given before.
     pub replayed: bool,
+    /// The charge that was just made looks like this one, under another key.
+    pub duplicate_of: Option<ChargeId>,
 }
 
 /// A command on its way through the queue and the batches.
@@ -217,6 +225,8 @@ impl Writer {
     ///
     /// # Errors
     /// [`Error::KeyReused`], [`Error::KeyInUse`] after `wait`,
+    /// [`Error::DuplicateRequest`] and [`Error::DuplicateCharge`] where the
+    /// command's rule and its guard say so,
     /// [`Error::Unavailable`] at once if the queue is full and otherwise at
     /// `deadline`, [`Error::Internal`].
     pub async fn submit(
@@ -233,6 +243,9 @@ impl Writer {
             match timeout_at(until, verdict).await {
                 Ok(Ok(Verdict::Row(row))) => return row.judge(&command),
                 Ok(Ok(Verdict::InUse)) if leads => return Err(Error::KeyInUse),
+                Ok(Ok(Verdict::Guarded(charge))) if leads => {
+                    return Err(Error::DuplicateCharge(charge));
+                }
                 Ok(Ok(Verdict::Unavailable)) if leads => {
                     return Err(Error::Unavailable(Unavailable::Database));
                 }
@@ -324,10 +337,17 @@ impl Settled {
                 Error::Unavailable(Unavailable::NewerRelease)
             });
         }
-        Ok(Reply {
-            answer: self.answer.clone(),
-            replayed: !own,
-        })
+        match command.rule.duplicate {
+            Duplicate::Refuse if !own => Err(Error::DuplicateRequest {
+                original: self.request_id,
+                charge: self.charge_id,
+            }),
+            _ => Ok(Reply {
+                answer: self.answer.clone(),
+                replayed: !own,
+                duplicate_of: self.duplicate_of,
+            }),
+        }
     }
 }
 
@@ -384,8 +404,8 @@ mod tests {
     use crate::{
         charges::{Charge, ChargeRequest},
         db,
-        idempotency::Key,
-        ids::{AccountId, RequestId},
+        idempotency::{Key, Scenario},
+        ids::AccountId,
         money::{Amount, Currency},
         processor::Outcome,
     };
@@ -408,6 +428,9 @@ mod tests {
                 key: Key::from_header(b"order_1").unwrap(),
             },
             fingerprint,
+            rule: Scenario::Payment.default_rule(),
+            keyed: true,
+            guard: None,
             answer: charge.answer(),
             charge,
         }
@@ -422,7 +445,6 @@ mod tests {
             server: Server::direct(nowhere),
             batch_max: 1,
             queue_max: 2,
-            answer_ttl: Duration::from_secs(1),
         });
         let command = Arc::new(command());
         let job = |concluded| Job {

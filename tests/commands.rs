@@ -160,8 +160,17 @@ async fn a_mistake_is_named(pool: PgPool) {
     );
 
     for (arguments, variable, value, named) in [
-        (&["serve"][..], "ANSWER_TTL", "soon", "--answer-ttl"),
-        (&["serve"], "ANSWER_TTL", "0s", "--answer-ttl"),
+        (&["serve"][..], "RULES", "payment=soon", "--rule"),
+        (&["serve"], "RULES", "form=1h payment=0s", "--rule"),
+        (
+            &["serve"],
+            "RULES",
+            "payment=1h,skip",
+            "a duplicate of payment can get: replay",
+        ),
+        (&["serve"], "RULES", "form=1h form=2h", "form has two rules"),
+        (&["serve"], "KEYLESS", "yes", "--keyless"),
+        (&["serve"], "DUPLICATE_GUARD", "on", "--duplicate-guard"),
         (&["serve"], "DUPLICATE_WAIT", "11s", "--duplicate-wait"),
         (&["serve"], "BATCH_MAX", "0", "--batch-max"),
         (&["serve"], "QUEUE_MAX", "-1", "--queue-max"),
@@ -244,7 +253,10 @@ async fn an_empty_variable_counts_as_unset(pool: PgPool) {
     );
     let mut serve = payonce(&["serve"]);
     for variable in [
-        "ANSWER_TTL",
+        "RULES",
+        "KEYLESS",
+        "DUPLICATE_GUARD",
+        "DUPLICATE_GUARD_WINDOW",
         "DUPLICATE_WAIT",
         "BATCH_MAX",
         "QUEUE_MAX",
@@ -285,6 +297,17 @@ async fn every_setting_stands_in_the_help_and_in_the_example() {
             "{variable} is missing in .env.example"
         );
     }
+}
+
+#[tokio::test]
+async fn rules_are_shown_with_their_changes() {
+    let output = payonce(&["rules", "--rule", "webhook=14d"])
+        .env("RULES", "")
+        .output()
+        .await
+        .unwrap();
+    let shown = String::from_utf8(output.stdout).unwrap();
+    insta::assert_snapshot!(shown);
 }
 
 #[sqlx::test(migrator = "payonce::MIGRATOR")]

@@ -31,8 +31,8 @@ async fn claim(conn: &mut PgConnection, account_id: AccountId, key: &str, with_l
         assert!(locked);
     }
     sqlx::query(
-        "insert into idempotency_keys (account_id, key, request_hash, charge_id, created_at, expires_at)
-         values ($1, $2, decode(repeat('01', 33), 'hex'), gen_random_uuid(), now(), now() + interval '1 day')",
+        "insert into idempotency_keys (account_id, key, request_hash, operation_id, request_id, created_at, expires_at)
+         values ($1, $2, decode(repeat('01', 33), 'hex'), gen_random_uuid(), gen_random_uuid(), now(), now() + interval '1 day')",
     )
     .bind(account_id.0)
     .bind(key)
@@ -229,7 +229,7 @@ async fn a_claim_does_not_wait_for_another(pool: PgPool) {
         .await
         .unwrap();
     let both = [&held, &free];
-    let claims = charges::claim_and_insert(&mut other, &both, 60.0);
+    let claims = charges::claim_and_insert(&mut other, &both);
     let claims = tokio::time::timeout(Duration::from_secs(5), claims)
         .await
         .expect("it waits")

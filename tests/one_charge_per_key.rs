@@ -119,12 +119,12 @@ async fn after_the_purge_the_row_is_the_old_charges(pool: PgPool) {
         let late = keeping.charge("order_1").send().await;
         assert_eq!((late.status, &late.body), (first.status, &first.body));
         assert!(late.is_replayed());
-        let charge_id: sqlx::types::Uuid =
-            sqlx::query_scalar("select charge_id from idempotency_keys")
+        let operation_id: sqlx::types::Uuid =
+            sqlx::query_scalar("select operation_id from idempotency_keys")
                 .fetch_one(&pool)
                 .await
                 .unwrap();
-        assert_eq!(ChargeId(charge_id).to_string(), first.charge_id());
+        assert_eq!(ChargeId(operation_id).to_string(), first.charge_id());
     }
 }
 

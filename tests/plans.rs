@@ -4,9 +4,10 @@
 use std::time::Duration;
 
 use payonce::{
-    accounts, charges,
+    accounts,
+    charges::{self, CreateCharge},
     db::Server,
-    idempotency::{Answer, store},
+    idempotency::store,
     ids::{AccountId, ChargeId},
 };
 use sqlx::{Connection, PgConnection, PgPool, Postgres, pool::PoolConnection};
@@ -34,7 +35,8 @@ enum Statement {
     ClaimAndInsert,
     Read,
     FreeExpired,
-    Replace,
+    ClaimAndAnswer,
+    Withdraw,
     ByKey,
     Find,
     List,
@@ -44,7 +46,7 @@ enum Statement {
 
 /// Those that insert come last: a row that was rolled back leaves a page, and a
 /// table without any is the worst case for a plan.
-const ALL: [Statement; 9] = [
+const ALL: [Statement; 10] = [
     Statement::Read,
     Statement::FreeExpired,
     Statement::ByKey,
@@ -52,7 +54,8 @@ const ALL: [Statement; 9] = [
     Statement::List,
     Statement::Authenticate,
     Statement::Purge,
-    Statement::Replace,
+    Statement::Withdraw,
+    Statement::ClaimAndAnswer,
     Statement::ClaimAndInsert,
 ];
 
@@ -75,22 +78,18 @@ impl Statement {
         match self {
             Self::ClaimAndInsert => {
                 let commands: Vec<_> = commands.iter().collect();
-                charges::claim_and_insert(tx, &commands, 60.0)
-                    .await
-                    .map(drop)
+                charges::claim_and_insert(tx, &commands).await.map(drop)
             }
             Self::Read => store::read(tx, &scopes).await.map(drop),
             Self::FreeExpired => store::free_expired(tx, &scopes).await.map(drop),
-            Self::Replace => {
-                let answer = Answer {
-                    status: 200,
-                    body: "{}".into(),
-                };
-                let rows: Vec<_> = commands
-                    .iter()
-                    .map(|c| (&c.scope, c.fingerprint, c.charge.id, &answer))
-                    .collect();
-                store::replace(tx, &rows, 60.0).await
+            Self::ClaimAndAnswer => {
+                let rows: Vec<_> = commands.iter().map(CreateCharge::row).collect();
+                store::claim(tx, &rows).await.unwrap();
+                store::answer(tx, &rows).await
+            }
+            Self::Withdraw => {
+                let commands: Vec<_> = commands.iter().collect();
+                charges::withdraw(tx, &commands).await
             }
             Self::ByKey => charges::by_key(tx, &scopes).await.map(drop),
             Self::Find => charges::find(&mut *tx, ACCOUNT, ChargeId::new())
@@ -154,10 +153,11 @@ impl Planned {
     /// Runs it where the service runs it.
     async fn run(&mut self, statement: Statement) -> i64 {
         use Statement::{
-            Authenticate, ByKey, ClaimAndInsert, Find, FreeExpired, List, Purge, Read, Replace,
+            Authenticate, ByKey, ClaimAndAnswer, ClaimAndInsert, Find, FreeExpired, List, Purge,
+            Read, Withdraw,
         };
         match statement {
-            ClaimAndInsert | Read | FreeExpired | Replace | ByKey => {
+            ClaimAndInsert | Read | FreeExpired | ClaimAndAnswer | Withdraw | ByKey => {
                 statement.run(&mut self.writer).await
             }
             Find | List | Authenticate | Purge => statement.run(&mut self.reader).await,
@@ -168,9 +168,9 @@ impl Planned {
     /// from doing so.
     async fn grow(&self) {
         for statement in [
-            "insert into idempotency_keys (account_id, key, request_hash, charge_id, response_status,
+            "insert into idempotency_keys (account_id, key, request_hash, operation_id, request_id, response_status,
                  response_body, created_at, expires_at)
-             select $1, 'old_' || i, decode(repeat('01', 33), 'hex'), gen_random_uuid(), 200, '{}',
+             select $1, 'old_' || i, decode(repeat('01', 33), 'hex'), gen_random_uuid(), gen_random_uuid(), 200, '{}',
                  now() - interval '2 days', now() - interval '1 day'
              from generate_series(1, $2) as i",
             "insert into charges (account_id, charge_id, idempotency_key, request_hash, request_id, amount, currency,

@@ -88,8 +88,8 @@ async fn a_key_that_is_held_stops_nobody_behind_a_pooler(pool: PgPool) {
     let service = Service::start(&pool).await.behind_pooler(&pgbouncer);
     let mut holder = pool.begin_with("begin").await.unwrap();
     sqlx::query(
-        "insert into idempotency_keys (account_id, key, request_hash, charge_id, created_at, expires_at)
-         values ($1, 'held', decode(repeat('01', 33), 'hex'), gen_random_uuid(), now(), now() + interval '1 day')",
+        "insert into idempotency_keys (account_id, key, request_hash, operation_id, request_id, created_at, expires_at)
+         values ($1, 'held', decode(repeat('01', 33), 'hex'), gen_random_uuid(), gen_random_uuid(), now(), now() + interval '1 day')",
     )
     .bind(service.account_id.0)
     .execute(&mut *holder)

@@ -13,9 +13,9 @@ async fn fill(pool: &PgPool, rows: i32, expires: &str, answered: bool) {
         ("null", "null")
     };
     sqlx::query(sqlx::AssertSqlSafe(format!(
-        "insert into idempotency_keys (account_id, key, request_hash, charge_id, response_status,
+        "insert into idempotency_keys (account_id, key, request_hash, operation_id, request_id, response_status,
              response_body, created_at, expires_at)
-         select gen_random_uuid(), 'old_' || i, decode(repeat('01', 33), 'hex'), gen_random_uuid(),
+         select gen_random_uuid(), 'old_' || i, decode(repeat('01', 33), 'hex'), gen_random_uuid(), gen_random_uuid(),
              {status}, {body}, now() - interval '2 days', {expires}
          from generate_series(1, {rows}) as i"
     )))

@@ -2,13 +2,14 @@
 
 use axum::{
     extract::{Path, RawQuery, State, rejection::PathRejection},
-    http::{HeaderValue, StatusCode, header},
+    http::{HeaderMap, HeaderValue, StatusCode, header},
     response::Response,
 };
 use serde::Serialize;
+use tracing::warn;
 
 use super::{
-    App,
+    App, DuplicateGuard,
     caller::Caller,
     command::{Command, FromParams},
     exchange::Exchange,
@@ -16,9 +17,9 @@ use super::{
     params::{Params, missing, not_allowed},
 };
 use crate::{
-    charges::{self, Charge, ChargeRequest, CreateCharge},
+    charges::{self, Charge, ChargeRequest, CreateCharge, FindsAnother, Guard},
     db,
-    error::{BadParameter, Error},
+    error::{BadParameter, Error, ParameterCode},
     ids::ChargeId,
     money::{AMOUNT_MAX, Amount, Currency},
     processor::sandbox,
@@ -61,15 +62,19 @@ impl FromParams for ChargeRequest {
 /// `POST /v1/charges`
 pub(super) async fn create(
     State(app): State<App>,
+    headers: HeaderMap,
     command: Command<ChargeRequest>,
 ) -> Result<Response, Error> {
     let Command {
         scope,
         fingerprint,
+        rule,
+        keyed,
         request,
         wait,
         exchange,
     } = command;
+    let means_it = allows_duplicate(&headers)?;
     let outcome = sandbox::decide(request.source.as_deref()).ok_or_else(|| {
         not_allowed(
             "source",
@@ -78,13 +83,27 @@ pub(super) async fn create(
     })?;
     let charge = Charge::decided(request, outcome, exchange.id);
     let answer = charge.answer();
+    let finds_another = match app.duplicate_guard {
+        DuplicateGuard::Off => None,
+        _ if means_it => Some(FindsAnother::Allowed),
+        DuplicateGuard::Warn => Some(FindsAnother::Warned),
+        DuplicateGuard::Refuse => Some(FindsAnother::Refused),
+    };
+    let window = app.duplicate_guard_window;
     let command = CreateCharge {
+        guard: finds_another.and_then(|finds| Guard::of(&charge, scope.account_id, window, finds)),
         scope,
         fingerprint,
+        rule,
+        keyed,
         charge,
         answer,
     };
+    let charge_id = command.charge.id;
     let reply = app.writer.submit(command, wait, exchange.deadline).await?;
+    if let Some(duplicate_of) = reply.duplicate_of {
+        warn!(%charge_id, %duplicate_of, "a charge looks like another one, under another key");
+    }
     Ok(answer_with(reply))
 }
 
@@ -170,7 +189,27 @@ async fn find(
     Ok(charge)
 }
 
-fn answer_with(Reply { answer, replayed }: Reply) -> Response {
+/// Whether the request says that it is no duplicate of one that it looks like.
+fn allows_duplicate(headers: &HeaderMap) -> Result<bool, Error> {
+    let mut values = headers.get_all("payonce-allow-duplicate").iter();
+    match (values.next().map(HeaderValue::as_bytes), values.next()) {
+        (None, _) | (Some(b"false"), None) => Ok(false),
+        (Some(b"true"), None) => Ok(true),
+        // Not ignored: a client that believes it said something would be wrong.
+        _ => Err(Error::Parameter(BadParameter {
+            code: ParameterCode::Invalid,
+            param: Some("Payonce-Allow-Duplicate".to_owned()),
+            message: "Payonce-Allow-Duplicate must be true or false.".to_owned(),
+        })),
+    }
+}
+
+fn answer_with(reply: Reply) -> Response {
+    let Reply {
+        answer,
+        replayed,
+        duplicate_of,
+    } = reply;
     let status = StatusCode::from_u16(answer.status).unwrap_or(StatusCode::OK);
     let mut response = json(status, answer.body.to_string());
     let headers = response.headers_mut();
@@ -180,6 +219,11 @@ fn answer_with(Reply { answer, replayed }: Reply) -> Response {
             HeaderValue::from_static("application/problem+json"),
         );
         headers.insert("stripe-should-retry", HeaderValue::from_static("false"));
+    }
+    if let Some(charge) = duplicate_of
+        && let Ok(charge) = HeaderValue::from_str(&charge.to_string())
+    {
+        headers.insert("payonce-duplicate-of", charge);
     }
     if replayed {
         headers.insert("idempotent-replayed", HeaderValue::from_static("true"));

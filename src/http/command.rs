@@ -5,16 +5,16 @@ use std::time::Duration;
 use axum::{
     body::Bytes,
     extract::{FromRequest, FromRequestParts, Request},
-    http::{HeaderMap, header},
+    http::{HeaderMap, HeaderValue, header},
 };
 use http_body_util::LengthLimitError;
 use serde::Serialize;
 use tokio::time::{Instant, timeout_at};
 
-use super::{App, caller::Caller, exchange::Exchange, params::Params};
+use super::{App, Keyless, caller::Caller, exchange::Exchange, params::Params};
 use crate::{
     error::{BadParameter, Error, ParameterCode, Unavailable},
-    idempotency::{Fingerprint, Key, MalformedKey, Scope},
+    idempotency::{Fingerprint, Key, Rule, Scenario, Scope},
 };
 
 /// The largest body, in bytes.
@@ -39,6 +39,10 @@ pub struct Command<T> {
     pub scope: Scope,
     /// Of method, path and request.
     pub fingerprint: Fingerprint,
+    /// How long the key is kept, and what a duplicate gets.
+    pub rule: Rule,
+    /// Whether the key came with the request, or was made of its content.
+    pub keyed: bool,
     /// What is asked for.
     pub request: T,
     /// How long to wait if the key is in use.
@@ -58,6 +62,9 @@ impl<T: FromParams> FromRequest<App> for Command<T> {
         let Caller { account_id } = Caller::from_request_parts(&mut parts, app).await?;
         let media_type = MediaType::of(&parts.headers)?;
         let key = idempotency_key(&parts.headers)?;
+        if key.is_none() && app.keyless == Keyless::Refuse {
+            return Err(Error::KeyMissing);
+        }
         if let Some(query) = parts.uri.query() {
             Params::from_form(query.as_bytes())?.finish()?;
         }
@@ -70,9 +77,19 @@ impl<T: FromParams> FromRequest<App> for Command<T> {
         };
         let typed = T::from_params(&mut params)?;
         params.finish()?;
+        let fingerprint = Fingerprint::new(parts.method.as_str(), parts.uri.path(), &typed);
+        let keyed = key.is_some();
+        let key = key.unwrap_or_else(|| Key::internal("keyless", fingerprint.as_bytes()));
+        let scenario = if keyed {
+            Scenario::Payment
+        } else {
+            Scenario::Keyless
+        };
         Ok(Self {
-            fingerprint: Fingerprint::new(parts.method.as_str(), parts.uri.path(), &typed),
+            fingerprint,
             scope: Scope { account_id, key },
+            rule: app.rules.of(scenario),
+            keyed,
             request: typed,
             wait: preferred_wait(&parts.headers).unwrap_or(app.wait),
             exchange,
@@ -117,13 +134,14 @@ impl MediaType {
     }
 }
 
-fn idempotency_key(headers: &HeaderMap) -> Result<Key, Error> {
-    let mut values = headers.get_all("idempotency-key").iter();
-    let value = values.next().ok_or(Error::KeyMissing)?;
-    if values.next().is_some() {
-        return Err(Error::KeyInvalid(MalformedKey::Repeated));
-    }
-    Key::from_header(value.as_bytes()).map_err(Error::KeyInvalid)
+fn idempotency_key(headers: &HeaderMap) -> Result<Option<Key>, Error> {
+    Key::from_headers(
+        headers
+            .get_all("idempotency-key")
+            .iter()
+            .map(HeaderValue::as_bytes),
+    )
+    .map_err(Error::KeyInvalid)
 }
 
 /// The whole body, or an error at the deadline: one that never ends would keep

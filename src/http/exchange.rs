@@ -97,7 +97,7 @@ impl IntoResponse for Error {
             "stripe-should-retry",
             HeaderValue::from_static(should_retry),
         );
-        if matches!(status, 409 | 503) {
+        if self.should_retry() && matches!(status, 409 | 503) {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         if status == 401 {

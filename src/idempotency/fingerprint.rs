@@ -43,6 +43,12 @@ impl Fingerprint {
         Self(bytes)
     }
 
+    /// For a key that stands for the same thing whatever comes with it.
+    #[must_use]
+    pub fn of_nothing() -> Self {
+        Self::new("", "", &())
+    }
+
     /// From a `request_hash` column; `None` if it has another length.
     #[must_use]
     pub fn from_column(bytes: &[u8]) -> Option<Self> {

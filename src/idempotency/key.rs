@@ -1,6 +1,6 @@
 //! The idempotency key: the client's name for one operation.
 
-use std::fmt;
+use std::fmt::{self, Write};
 
 /// The longest key, in characters; also the width of its column.
 pub const KEY_MAX: usize = 255;
@@ -58,6 +58,33 @@ impl Key {
         String::from_utf8(text)
             .map(Self)
             .map_err(|_| MalformedKey::NotVisibleAscii)
+    }
+
+    /// From all headers of the name, of which there may be one.
+    ///
+    /// # Errors
+    /// What is wrong with it, as [`MalformedKey`].
+    pub fn from_headers<'a>(
+        mut values: impl Iterator<Item = &'a [u8]>,
+    ) -> Result<Option<Self>, MalformedKey> {
+        let Some(value) = values.next() else {
+            return Ok(None);
+        };
+        if values.next().is_some() {
+            return Err(MalformedKey::Repeated);
+        }
+        Self::from_header(value).map(Some)
+    }
+
+    /// A key of the service's own, for what has none from a client. It holds a
+    /// space, so that no client's key can ever be equal to it.
+    pub(crate) fn internal(kind: &'static str, digest: &[u8]) -> Self {
+        let mut text = format!("{kind} ");
+        for byte in digest {
+            // Writing to a string does not fail.
+            let _ = write!(text, "{byte:02x}");
+        }
+        Self(text)
     }
 
     /// The key without quotes.

@@ -1,30 +1,104 @@
-//! The SQL of `idempotency_keys`, but for the claim, which is written together
-//! with the charge (`charges::claim_and_insert`) and for the purge.
+//! The SQL of `idempotency_keys`, but for the claim of a charge's key, which is
+//! written together with the charge (`charges::claim_and_insert`), and for the
+//! purge.
 //!
 //! Every function takes slices and sends one statement for all, on the caller's
 //! transaction. None of the statements can be planned as a scan of the table:
 //! they find rows by `lateral … limit 1`, by `ctid`, or by the unique index of
 //! `on conflict`.
 
-use sqlx::PgConnection;
+use std::time::Duration;
+
+use sqlx::{PgConnection, types::Uuid};
 
 use super::{Answer, Fingerprint, Scope};
 use crate::{
     db::{position, unreadable},
-    ids::ChargeId,
+    ids::RequestId,
 };
+
+/// A row as it is written.
+#[derive(Debug, Clone, Copy)]
+pub struct NewRow<'a> {
+    /// Whose key, and which.
+    pub scope: &'a Scope,
+    /// Of the request that the key belongs to.
+    pub fingerprint: Fingerprint,
+    /// What the key is claimed for; the claim is found again by it.
+    pub operation_id: Uuid,
+    /// The exchange in which it is claimed.
+    pub request_id: RequestId,
+    /// `None`: the work is still to be done, and the row is its lock.
+    pub answer: Option<&'a Answer>,
+    /// How long the answer is kept, from this statement on.
+    pub keep: Duration,
+}
 
 /// What a key's row says.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct KeyRow {
     /// Of the request that the key belongs to.
     pub fingerprint: Fingerprint,
-    /// The charge that the key belongs to.
-    pub charge_id: ChargeId,
+    /// What the key was claimed for.
+    pub operation_id: Uuid,
+    /// The exchange in which it was claimed.
+    pub request_id: RequestId,
     /// `None` while the work is under way.
     pub answer: Option<Answer>,
     /// The answer is there, and past its time.
     pub expired: bool,
+}
+
+/// Claims keys: inserts their rows where there are none. For each says whether
+/// it did; `false` where a row is there, or where another transaction is at it.
+///
+/// The same key may stand among them twice: the first gets it.
+///
+/// # Errors
+/// What the database said.
+pub async fn claim(conn: &mut PgConnection, rows: &[NewRow<'_>]) -> Result<Vec<bool>, sqlx::Error> {
+    let columns = Columns::of(rows);
+    // The try-lock keeps the batch from waiting for a key that another
+    // transaction holds; it decides nothing, the row does. Rows go in ordered, so
+    // that two batches cannot wait for each other in a circle.
+    let claimed = sqlx::query_scalar!(
+        r#"
+        insert into idempotency_keys (
+            account_id, key, request_hash, operation_id, request_id,
+            response_status, response_head, response_body, created_at, expires_at
+        )
+        select
+            account_id, key, request_hash, operation_id, request_id,
+            response_status, response_head::json, response_body::json,
+            statement_timestamp(), statement_timestamp() + make_interval(secs => keep)
+        from unnest(
+            $1::uuid[], $2::text[], $3::bytea[], $4::uuid[], $5::uuid[],
+            $6::int2[], $7::text[], $8::text[], $9::float8[]
+        ) as input (
+            account_id, key, request_hash, operation_id, request_id,
+            response_status, response_head, response_body, keep
+        )
+        where pg_try_advisory_xact_lock(hashtextextended(key, uuid_hash_extended(account_id, 0)))
+        order by account_id, key collate "C"
+        on conflict do nothing
+        returning operation_id
+        "#,
+        &columns.account_ids,
+        &columns.keys as &[&str],
+        &columns.fingerprints as &[&[u8]],
+        &columns.operation_ids,
+        &columns.request_ids,
+        &columns.statuses as &[Option<i16>],
+        &columns.heads as &[Option<&str>],
+        &columns.bodies as &[Option<&str>],
+        &columns.keep,
+    )
+    .fetch_all(conn)
+    .await?;
+    Ok(rows
+        .iter()
+        .map(|row| claimed.contains(&row.operation_id))
+        .collect())
 }
 
 /// Reads the rows of these keys as they are now; `None` where none can be seen.
@@ -39,8 +113,8 @@ pub async fn read(
     // after a wait.
     let found = sqlx::query!(
         r#"
-        select input.position as "position!", row.request_hash, row.charge_id,
-            row.response_status, row.response_body::text,
+        select input.position as "position!", row.request_hash, row.operation_id,
+            row.request_id, row.response_status, row.response_head::text, row.response_body::text,
             row.response_status is not null and row.expires_at <= statement_timestamp() as "expired!"
         from unnest($1::uuid[], $2::text[]) with ordinality as input (account_id, key, position)
         cross join lateral (
@@ -60,6 +134,7 @@ pub async fn read(
         let answer = match (row.response_status, row.response_body) {
             (Some(status), Some(body)) => Some(Answer {
                 status: status.cast_unsigned(),
+                head: row.response_head.map(Into::into),
                 body: body.into(),
             }),
             _ => None,
@@ -67,7 +142,8 @@ pub async fn read(
         rows[position(row.position)] = Some(KeyRow {
             fingerprint: Fingerprint::from_column(&row.request_hash)
                 .ok_or_else(|| unreadable("request_hash"))?,
-            charge_id: ChargeId(row.charge_id),
+            operation_id: row.operation_id,
+            request_id: RequestId(row.request_id),
             answer,
             expired: row.expired,
         });
@@ -121,52 +197,120 @@ pub async fn free_expired(
     Ok(freed)
 }
 
-/// Replaces what the rows of these keys say. For rows that this transaction
-/// claimed, and that turned out to belong to a charge that was there before.
+/// Writes the answers of keys that this transaction has claimed, and whatever
+/// else the rows say now.
 ///
 /// # Errors
-/// What the database said.
-pub async fn replace(
-    conn: &mut PgConnection,
-    rows: &[(&Scope, Fingerprint, ChargeId, &Answer)],
-    answer_ttl_seconds: f64,
-) -> Result<(), sqlx::Error> {
-    let scopes: Vec<_> = rows.iter().map(|row| row.0).collect();
-    sqlx::query!(
+/// What the database said; [`sqlx::Error::RowNotFound`] if a row is not there any
+/// more, and nothing of the transaction may be kept then.
+pub async fn answer(conn: &mut PgConnection, rows: &[NewRow<'_>]) -> Result<(), sqlx::Error> {
+    let columns = Columns::of(rows);
+    // An upsert, since that cannot be planned as a scan. A row that was not there
+    // before is one that was created now.
+    let created = sqlx::query_scalar!(
         r#"
         insert into idempotency_keys as existing (
-            account_id, key, request_hash, charge_id, response_status, response_body,
-            created_at, expires_at
+            account_id, key, request_hash, operation_id, request_id,
+            response_status, response_head, response_body, created_at, expires_at
         )
         select
-            account_id, key, request_hash, charge_id, response_status, response_body::json,
-            statement_timestamp(), statement_timestamp() + make_interval(secs => $7)
-        from unnest($1::uuid[], $2::text[], $3::bytea[], $4::uuid[], $5::int2[], $6::text[])
-            as input (account_id, key, request_hash, charge_id, response_status, response_body)
+            account_id, key, request_hash, operation_id, request_id,
+            response_status, response_head::json, response_body::json,
+            statement_timestamp(), statement_timestamp() + make_interval(secs => keep)
+        from unnest(
+            $1::uuid[], $2::text[], $3::bytea[], $4::uuid[], $5::uuid[],
+            $6::int2[], $7::text[], $8::text[], $9::float8[]
+        ) as input (
+            account_id, key, request_hash, operation_id, request_id,
+            response_status, response_head, response_body, keep
+        )
         order by account_id, key collate "C"
         on conflict (account_id, key) do update set
             request_hash = excluded.request_hash,
-            charge_id = excluded.charge_id,
+            operation_id = excluded.operation_id,
+            request_id = excluded.request_id,
             response_status = excluded.response_status,
-            response_body = excluded.response_body
+            response_head = excluded.response_head,
+            response_body = excluded.response_body,
+            expires_at = excluded.expires_at
+        returning existing.created_at = statement_timestamp() as "created!"
         "#,
-        &account_ids(&scopes),
-        &keys(&scopes) as &[&str],
-        &rows.iter().map(|row| row.1.as_bytes()).collect::<Vec<_>>() as &[&[u8]],
-        &rows.iter().map(|row| row.2.0).collect::<Vec<_>>(),
-        &rows
-            .iter()
-            .map(|row| row.3.status.cast_signed())
-            .collect::<Vec<_>>(),
-        &rows.iter().map(|row| &*row.3.body).collect::<Vec<_>>() as &[&str],
-        answer_ttl_seconds,
+        &columns.account_ids,
+        &columns.keys as &[&str],
+        &columns.fingerprints as &[&[u8]],
+        &columns.operation_ids,
+        &columns.request_ids,
+        &columns.statuses as &[Option<i16>],
+        &columns.heads as &[Option<&str>],
+        &columns.bodies as &[Option<&str>],
+        &columns.keep,
+    )
+    .fetch_all(conn)
+    .await?;
+    if created.contains(&true) {
+        return Err(sqlx::Error::RowNotFound);
+    }
+    Ok(())
+}
+
+/// Gives keys up that this transaction has claimed: as if it never had.
+///
+/// # Errors
+/// What the database said.
+pub async fn release(conn: &mut PgConnection, scopes: &[&Scope]) -> Result<(), sqlx::Error> {
+    sqlx::query!(
+        r#"
+        delete from idempotency_keys
+        where ctid = any (array(
+            select row.id
+            from unnest($1::uuid[], $2::text[]) as input (account_id, key)
+            cross join lateral (
+                select idempotency_keys.ctid as id from idempotency_keys
+                where idempotency_keys.account_id = input.account_id
+                  and idempotency_keys.key = input.key collate "C"
+                limit 1
+            ) as row
+        ))
+        "#,
+        &account_ids(scopes),
+        &keys(scopes) as &[&str],
     )
     .execute(conn)
     .await?;
     Ok(())
 }
 
-fn account_ids(scopes: &[&Scope]) -> Vec<sqlx::types::Uuid> {
+/// Rows as the arrays that a statement takes.
+struct Columns<'a> {
+    account_ids: Vec<Uuid>,
+    keys: Vec<&'a str>,
+    fingerprints: Vec<&'a [u8]>,
+    operation_ids: Vec<Uuid>,
+    request_ids: Vec<Uuid>,
+    statuses: Vec<Option<i16>>,
+    heads: Vec<Option<&'a str>>,
+    bodies: Vec<Option<&'a str>>,
+    keep: Vec<f64>,
+}
+
+impl<'a> Columns<'a> {
+    fn of(rows: &'a [NewRow<'a>]) -> Self {
+        let answers = || rows.iter().map(|row| row.answer);
+        Self {
+            account_ids: rows.iter().map(|row| row.scope.account_id.0).collect(),
+            keys: rows.iter().map(|row| row.scope.key.as_str()).collect(),
+            fingerprints: rows.iter().map(|row| row.fingerprint.as_bytes()).collect(),
+            operation_ids: rows.iter().map(|row| row.operation_id).collect(),
+            request_ids: rows.iter().map(|row| row.request_id.0).collect(),
+            statuses: answers().map(|a| Some(a?.status.cast_signed())).collect(),
+            heads: answers().map(|a| a?.head.as_deref()).collect(),
+            bodies: answers().map(|a| Some(&*a?.body)).collect(),
+            keep: rows.iter().map(|row| row.keep.as_secs_f64()).collect(),
+        }
+    }
+}
+
+fn account_ids(scopes: &[&Scope]) -> Vec<Uuid> {
     scopes.iter().map(|scope| scope.account_id.0).collect()
 }
 

@@ -265,7 +265,7 @@ async fn look_into_tables(
         select 'an answer that is not its charge''s under the key ' || keys.key
         from keys
         join made on made.account_id = keys.account_id and made.idempotency_key = keys.key
-        where keys.charge_id <> made.charge_id
+        where keys.operation_id <> made.charge_id
             or keys.request_hash <> made.request_hash
             or case keys.response_status
                 when 200 then

@@ -12,9 +12,13 @@ use tracing::{debug, error, warn};
 
 use super::{Job, Options, Settled, Verdict};
 use crate::{
-    charges::{self, Claimed, CreateCharge},
+    charges::{self, Claimed, CreateCharge, FindsAnother},
     db::{self, Trouble, backoff, describe},
-    idempotency::{Scope, store},
+    idempotency::{
+        self, Answer, Scope, Taken,
+        store::{self, KeyRow, NewRow},
+    },
+    ids::ChargeId,
 };
 
 /// How long one attempt at a batch may take. More than the server's
@@ -23,10 +27,41 @@ use crate::{
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// What an attempt found out about one command.
-type Found = Result<Arc<Settled>, Held>;
+enum Found {
+    /// Its key's row.
+    Row(Arc<Settled>),
+    /// Another transaction holds its key, or its guard.
+    Held,
+    /// Its guard is held by this charge, and nothing was done.
+    Guarded(ChargeId),
+}
 
-/// Another transaction holds the command's key.
-struct Held;
+impl Found {
+    /// What this transaction has made.
+    fn own(command: &CreateCharge, duplicate_of: Option<ChargeId>) -> Self {
+        Self::Row(Arc::new(Settled {
+            fingerprint: command.fingerprint,
+            charge_id: command.charge.id,
+            request_id: command.charge.request_id,
+            answer: command.answer.clone(),
+            duplicate_of,
+        }))
+    }
+
+    /// What was there.
+    fn row(row: KeyRow) -> Result<Self, sqlx::Error> {
+        let answer = row
+            .answer
+            .ok_or_else(|| db::unreadable("response_status"))?;
+        Ok(Self::Row(Arc::new(Settled {
+            fingerprint: row.fingerprint,
+            charge_id: ChargeId(row.operation_id),
+            request_id: row.request_id,
+            answer,
+            duplicate_of: None,
+        })))
+    }
+}
 
 /// One writing task: a connection, and the batches that go over it.
 struct Task {
@@ -83,8 +118,9 @@ impl Task {
                 Ok(found) => {
                     for (job, found) in part.into_iter().zip(found) {
                         match found {
-                            Ok(row) => job.conclude(&Verdict::Row(row)),
-                            Err(Held) => come_back_later(job),
+                            Found::Row(row) => job.conclude(&Verdict::Row(row)),
+                            Found::Guarded(charge) => job.conclude(&Verdict::Guarded(charge)),
+                            Found::Held => come_back_later(job),
                         }
                     }
                     return None;
@@ -131,14 +167,13 @@ impl Task {
     /// committed if the error came from the connection.
     async fn attempt(&mut self, part: &mut [Job]) -> Result<Vec<Found>, sqlx::Error> {
         let commands: Vec<&CreateCharge> = part.iter().map(|job| &*job.command).collect();
-        let ttl = self.options.answer_ttl.as_secs_f64();
         let mut conn = match self.conn.take() {
             Some(conn) => conn,
             None => self.options.server.connect().await?,
         };
         let result: Result<_, sqlx::Error> = db::within(ATTEMPT_TIMEOUT, async {
             let mut transaction = self.options.server.begin(&mut conn).await?;
-            let found = write(&mut transaction, &commands, ttl).await?;
+            let found = write(&mut transaction, &commands).await?;
             transaction.commit().await?;
             Ok(found)
         })
@@ -194,109 +229,128 @@ fn come_back_later(job: Job) {
 async fn write(
     conn: &mut PgConnection,
     commands: &[&CreateCharge],
-    ttl: f64,
 ) -> Result<Vec<Found>, sqlx::Error> {
-    let mut claims = charges::claim_and_insert(conn, commands, ttl).await?;
-    let mut found: Vec<Found> = commands.iter().map(|_| Err(Held)).collect();
+    let mut claims = charges::claim_and_insert(conn, commands).await?;
+    let mut found: Vec<Found> = commands.iter().map(|_| Found::Held).collect();
 
-    let taken: Vec<usize> = positions(&claims, Option::is_none);
+    let taken = positions(&claims, Option::is_none);
     if !taken.is_empty() {
-        let rows = store::read(conn, &scopes(commands, &taken)).await?;
-        let mut expired = Vec::new();
-        for (&i, row) in taken.iter().zip(rows) {
-            match row {
-                Some(row) if row.expired => expired.push(i),
-                Some(store::KeyRow {
-                    fingerprint,
-                    charge_id,
-                    answer: Some(answer),
-                    ..
-                }) => {
-                    found[i] = Ok(Arc::new(Settled {
-                        fingerprint,
-                        charge_id,
-                        answer,
-                    }));
-                }
-                // Claimed and not answered, or not to be seen yet, or purged
-                // this very moment: all of them pass.
-                Some(store::KeyRow { answer: None, .. }) | None => {}
+        let mut freed = Vec::new();
+        let why = idempotency::why_taken(conn, &scopes(commands, &taken)).await?;
+        for (&i, why) in taken.iter().zip(why) {
+            match why {
+                Taken::Answered(row) => found[i] = Found::row(row)?,
+                Taken::Freed => freed.push(i),
+                Taken::InUse => {}
             }
         }
-        if !expired.is_empty() {
-            claim_expired(conn, commands, expired, &mut claims, ttl).await?;
+        if !freed.is_empty() {
+            let again: Vec<&CreateCharge> = freed.iter().map(|&i| commands[i]).collect();
+            let claimed = charges::claim_and_insert(conn, &again).await?;
+            for (i, claim) in freed.into_iter().zip(claimed) {
+                claims[i] = claim;
+            }
         }
     }
 
-    for (i, claim) in claims.iter().enumerate() {
-        if *claim == Some(Claimed::Charged) {
-            let command = commands[i];
-            found[i] = Ok(Arc::new(Settled {
-                fingerprint: command.fingerprint,
-                charge_id: command.charge.id,
-                answer: command.answer.clone(),
-            }));
-        }
+    let charged = positions(&claims, |claim| *claim == Some(Claimed::Charged));
+    for &i in &charged {
+        found[i] = Found::own(commands[i], None);
     }
+    stand_guard(conn, commands, &charged, &mut found).await?;
 
     let existing = positions(&claims, |claim| *claim == Some(Claimed::ChargeExists));
     if !existing.is_empty() {
-        let rows = answer_from_charges(conn, &scopes(commands, &existing), ttl).await?;
+        let commands: Vec<&CreateCharge> = existing.iter().map(|&i| commands[i]).collect();
+        let rows = answer_from_charges(conn, &commands).await?;
         for (i, row) in existing.into_iter().zip(rows) {
-            found[i] = Ok(Arc::new(row));
+            found[i] = Found::Row(Arc::new(row));
         }
     }
     Ok(found)
 }
 
-/// Takes keys over whose answers have expired: frees them and claims them anew.
-/// Those that somebody else is at stay unclaimed.
-async fn claim_expired(
+/// Has the charges that were just made hold their guards, and takes those back
+/// that must not be made beside another one.
+async fn stand_guard(
     conn: &mut PgConnection,
     commands: &[&CreateCharge],
-    expired: Vec<usize>,
-    claims: &mut [Option<Claimed>],
-    ttl: f64,
+    charged: &[usize],
+    found: &mut [Found],
 ) -> Result<(), sqlx::Error> {
-    let freed = store::free_expired(conn, &scopes(commands, &expired)).await?;
-    let freed: Vec<usize> = expired
-        .into_iter()
-        .zip(freed)
-        .filter_map(|(i, freed)| freed.then_some(i))
+    let nothing = Answer {
+        status: 200,
+        head: None,
+        body: "null".into(),
+    };
+    let guarded: Vec<_> = charged
+        .iter()
+        .filter_map(|&i| Some((i, commands[i].guard.as_ref()?)))
         .collect();
-    let again: Vec<&CreateCharge> = freed.iter().map(|&i| commands[i]).collect();
-    let claimed = charges::claim_and_insert(conn, &again, ttl).await?;
-    for (i, claim) in freed.into_iter().zip(claimed) {
-        claims[i] = claim;
+    if guarded.is_empty() {
+        return Ok(());
+    }
+    let rows: Vec<_> = guarded
+        .iter()
+        .map(|&(i, guard)| commands[i].guard_row(guard, &nothing))
+        .collect();
+    let claims = idempotency::claim(conn, &rows).await?;
+    let mut withdrawn = Vec::new();
+    for ((i, guard), claim) in guarded.into_iter().zip(claims) {
+        found[i] = match (claim, guard.finds_another) {
+            (idempotency::Claimed::Claimed, _) | (_, FindsAnother::Allowed) => continue,
+            (idempotency::Claimed::Answered(row), FindsAnother::Warned) => {
+                Found::own(commands[i], Some(ChargeId(row.operation_id)))
+            }
+            (idempotency::Claimed::Answered(row), FindsAnother::Refused) => {
+                withdrawn.push(commands[i]);
+                Found::Guarded(ChargeId(row.operation_id))
+            }
+            // Another transaction makes such a charge now, or fails to.
+            (idempotency::Claimed::InUse, _) => {
+                withdrawn.push(commands[i]);
+                Found::Held
+            }
+        };
+    }
+    if !withdrawn.is_empty() {
+        charges::withdraw(conn, &withdrawn).await?;
     }
     Ok(())
 }
 
-/// Makes the rows of these keys, which this transaction claimed, say what the
-/// charges say that carry the keys already.
+/// Makes the rows of these commands' keys, which this transaction claimed, say
+/// what the charges say that carry the keys already.
 async fn answer_from_charges(
     conn: &mut PgConnection,
-    scopes: &[&Scope],
-    ttl: f64,
+    commands: &[&CreateCharge],
 ) -> Result<Vec<Settled>, sqlx::Error> {
-    let charges = charges::by_key(conn, scopes).await?;
-    let mut settled = Vec::with_capacity(scopes.len());
+    let scopes: Vec<_> = commands.iter().map(|command| &command.scope).collect();
+    let charges = charges::by_key(conn, &scopes).await?;
+    let mut settled = Vec::with_capacity(commands.len());
     for charge in charges {
         // The claim met it a moment ago, and charges are never deleted.
         let (fingerprint, charge) = charge.ok_or(sqlx::Error::RowNotFound)?;
-        let answer = charge.answer();
         settled.push(Settled {
             fingerprint,
             charge_id: charge.id,
-            answer,
+            request_id: charge.request_id,
+            answer: charge.answer(),
+            duplicate_of: None,
         });
     }
-    let rows: Vec<_> = scopes
+    let rows: Vec<_> = commands
         .iter()
         .zip(&settled)
-        .map(|(scope, row)| (*scope, row.fingerprint, row.charge_id, &row.answer))
+        .map(|(command, row)| NewRow {
+            fingerprint: row.fingerprint,
+            operation_id: row.charge_id.0,
+            request_id: row.request_id,
+            answer: Some(&row.answer),
+            ..command.row()
+        })
         .collect();
-    store::replace(conn, &rows, ttl).await?;
+    store::answer(conn, &rows).await?;
     Ok(settled)
 }
 

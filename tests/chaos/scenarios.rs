@@ -836,7 +836,7 @@ async fn purged(cluster: Arc<Cluster>, time: Duration) -> Outcome {
     let world = World::new(
         &cluster,
         Clone::clone,
-        &[("ANSWER_TTL", "1s"), ("PURGE_INTERVAL", "100ms")],
+        &[("RULES", "payment=1s"), ("PURGE_INTERVAL", "100ms")],
     )
     .await;
     let (mut row, _) = world.storms(time).blow().await;

@@ -17,8 +17,8 @@ use payonce::{
     accounts,
     charges::{Charge, ChargeRequest, CreateCharge},
     db::Server,
-    http::{App, caller::Callers, router},
-    idempotency::{Fingerprint, Key, Scope},
+    http::{App, DuplicateGuard, Keyless, caller::Callers, router},
+    idempotency::{Fingerprint, Key, Rules, Scenario, Scope},
     ids::{AccountId, RequestId},
     money::{Amount, Currency},
     processor::Outcome,
@@ -48,6 +48,8 @@ pub struct Settings {
     pub pool_size: u32,
     pub answer_ttl: Duration,
     pub wait: Duration,
+    pub keyless: Keyless,
+    pub duplicate_guard: DuplicateGuard,
 }
 
 impl Default for Settings {
@@ -59,6 +61,8 @@ impl Default for Settings {
             pool_size: 2,
             answer_ttl: Duration::from_hours(24),
             wait: Duration::from_secs(2),
+            keyless: Keyless::Refuse,
+            duplicate_guard: DuplicateGuard::Off,
         }
     }
 }
@@ -198,14 +202,18 @@ fn app_on(server: &Server, settings: &Settings) -> App {
         server: server.clone(),
         batch_max: settings.batch_max,
         queue_max: settings.queue_max,
-        answer_ttl: settings.answer_ttl,
     });
     let pool = server.pool(settings.pool_size);
+    let payment = format!("payment={}us", settings.answer_ttl.as_micros());
     App {
         callers: Callers::new(pool.clone()),
         pool,
         writer,
         wait: settings.wait,
+        rules: Rules::with(&[payment.parse().unwrap()]).unwrap(),
+        keyless: settings.keyless,
+        duplicate_guard: settings.duplicate_guard,
+        duplicate_guard_window: Duration::from_secs(300),
     }
 }
 
@@ -238,6 +246,9 @@ pub fn command(account_id: AccountId, key: &str) -> CreateCharge {
             key: Key::from_header(key.as_bytes()).unwrap(),
         },
         fingerprint,
+        rule: Scenario::Payment.default_rule(),
+        keyed: true,
+        guard: None,
         answer: charge.answer(),
         charge,
     }
