@@ -38,12 +38,13 @@ pub enum Error {
     KeyReused,
     /// The key's first request still runs after the wait.
     KeyInUse,
-    /// A request without a key that was made before, a moment ago.
+    /// A request that was made before, where a rule says that it is not
+    /// replayed.
     DuplicateRequest {
         /// The exchange in which it was.
         original: RequestId,
-        /// What it made.
-        charge: ChargeId,
+        /// The charge that it made, if that is what it did.
+        charge: Option<ChargeId>,
     },
     /// The same customer was charged the same under another key, a moment ago.
     DuplicateCharge(ChargeId),
@@ -72,6 +73,8 @@ pub enum Unavailable {
     QueueFull,
     /// The body did not arrive within the request's deadline.
     BodyLate,
+    /// The handler of a service that uses the layer took too long.
+    HandlerLate,
     /// The service stops, and had no time left to finish this.
     ShuttingDown,
     /// The database did not answer, or not within the request's deadline.
@@ -304,8 +307,8 @@ pub const CATALOGUE: &[Entry] = &[
         "duplicate_request",
         409,
         "idempotency_error",
-        "The same request was made a moment ago, without a key",
-        "`error.charge` is the charge that it made. If this is a new wish, send it with an Idempotency-Key, or wait until the first one is forgotten.",
+        "The same request was made a moment ago",
+        "`error.charge` is the charge that it made, and `original_request_id` the request. If this is a new wish, send it with an Idempotency-Key of its own, or wait until the first one is forgotten.",
     ),
     Entry::refusal(
         "duplicate_charge",
@@ -412,6 +415,7 @@ impl Error {
             Self::Declined { decline, .. } => decline.message.clone(),
             Self::Unavailable(Unavailable::QueueFull) => "Too many requests are waiting.".to_owned(),
             Self::Unavailable(Unavailable::BodyLate) => "The body did not arrive in time.".to_owned(),
+            Self::Unavailable(Unavailable::HandlerLate) => "The request took too long.".to_owned(),
             Self::Unavailable(Unavailable::ShuttingDown) => "The service is stopping.".to_owned(),
             Self::Unavailable(Unavailable::Database) => "The database does not answer.".to_owned(),
             Self::Unavailable(Unavailable::NewerRelease) => {
@@ -432,9 +436,8 @@ impl Error {
         let page = format!("/errors/{}", entry.code);
         let (decline_code, charge) = match self {
             Self::Declined { decline, charge } => (decline.decline_code.as_deref(), Some(*charge)),
-            Self::DuplicateRequest { charge, .. } | Self::DuplicateCharge(charge) => {
-                (None, Some(*charge))
-            }
+            Self::DuplicateRequest { charge, .. } => (None, *charge),
+            Self::DuplicateCharge(charge) => (None, Some(*charge)),
             _ => (None, None),
         };
         let problem = Problem {

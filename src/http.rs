@@ -76,12 +76,17 @@ pub fn router(app: App) -> Router {
         .route("/v1/charges/{id}", get(charges::retrieve))
         .route("/healthz", get(health::live))
         .route("/readyz", get(health::ready))
-        .route("/errors/{code}", get(explain))
+        .merge(error_pages())
         .fallback(|| async { Error::RouteUnknown })
         .method_not_allowed_fallback(|| async { Error::MethodNotAllowed })
         .layer(CatchPanicLayer::custom(exchange::panicked))
         .layer(from_fn(exchange::track))
         .with_state(app)
+}
+
+/// The pages that errors point to, for a service that uses the layer.
+pub fn error_pages<S: Clone + Send + Sync + 'static>() -> Router<S> {
+    Router::new().route("/errors/{code}", get(explain))
 }
 
 /// `GET /errors/{code}`: what an error's `type` and `doc_url` point to.

@@ -8,6 +8,7 @@
 //! | [`cli`], [`config`] | the commands and their settings |
 //! | [`serve`] | starts the parts, and ends them in order |
 //! | [`storm`] | attacks a running service, and audits it |
+//! | [`layer`] | the same promises for the handlers of any axum service |
 //! | [`http`] | bytes to commands, answers to bytes |
 //! | [`writer`] | takes commands, writes them many to a transaction, answers after COMMIT |
 //! | [`charges`], [`accounts`], [`idempotency`] | the words of the domain, and the SQL of their tables |
@@ -26,6 +27,7 @@ pub mod error;
 pub mod http;
 pub mod idempotency;
 pub mod ids;
+pub mod layer;
 pub mod money;
 pub mod processor;
 pub mod serve;

@@ -340,7 +340,7 @@ impl Settled {
         match command.rule.duplicate {
             Duplicate::Refuse if !own => Err(Error::DuplicateRequest {
                 original: self.request_id,
-                charge: self.charge_id,
+                charge: Some(self.charge_id),
             }),
             _ => Ok(Reply {
                 answer: self.answer.clone(),

@@ -211,7 +211,7 @@ async fn a_guard_that_is_in_flight_is_waited_for(pool: PgPool) {
             .await
             .unwrap();
         // What another replica's transaction does with the guard.
-        let mut holder = pool.begin().await.unwrap();
+        let mut holder = pool.begin_with("begin").await.unwrap();
         sqlx::query(
             "update idempotency_keys set expires_at = now() + interval '1 minute'
              where key like 'guard %'",

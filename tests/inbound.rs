@@ -133,12 +133,12 @@ async fn a_slice_may_hold_a_message_twice(pool: PgPool) {
 async fn what_rolls_back_was_not_accepted(pool: PgPool) {
     let account_id = AccountId::new();
     let message = Identity::Event("stripe", "evt_1");
-    let mut dies = pool.begin().await.unwrap();
+    let mut dies = pool.begin_with("begin").await.unwrap();
     assert_eq!(
         accept_one(&mut dies, account_id, message).await,
         Accepted::New
     );
-    let mut other = pool.begin().await.unwrap();
+    let mut other = pool.begin_with("begin").await.unwrap();
     assert_eq!(
         accept_one(&mut other, account_id, message).await,
         Accepted::InUse,

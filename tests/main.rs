@@ -11,6 +11,7 @@ mod guard;
 mod in_flight;
 mod inbound;
 mod keyless;
+mod layer;
 mod lists;
 mod one_charge_per_key;
 mod other_request_refused;

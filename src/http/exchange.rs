@@ -80,6 +80,14 @@ pub(super) async fn track(mut request: Request, next: Next) -> Response {
     response
 }
 
+/// The whole response for an error, where no [`track`] is around.
+pub(crate) fn respond(error: &Error, id: RequestId) -> Response {
+    let mut response = error.clone().into_response();
+    response.extensions_mut().remove::<Error>();
+    *response.body_mut() = Body::from(error.body(id));
+    response
+}
+
 impl IntoResponse for Error {
     /// Status and headers; [`track`] writes the body, since it knows the id.
     fn into_response(self) -> Response {

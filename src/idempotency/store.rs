@@ -205,9 +205,8 @@ pub async fn free_expired(
 /// more, and nothing of the transaction may be kept then.
 pub async fn answer(conn: &mut PgConnection, rows: &[NewRow<'_>]) -> Result<(), sqlx::Error> {
     let columns = Columns::of(rows);
-    // An upsert, since that cannot be planned as a scan. A row that was not there
-    // before is one that was created now.
-    let created = sqlx::query_scalar!(
+    // An upsert, since that cannot be planned as a scan, of rows that are there.
+    let written = sqlx::query!(
         r#"
         insert into idempotency_keys as existing (
             account_id, key, request_hash, operation_id, request_id,
@@ -224,6 +223,12 @@ pub async fn answer(conn: &mut PgConnection, rows: &[NewRow<'_>]) -> Result<(), 
             account_id, key, request_hash, operation_id, request_id,
             response_status, response_head, response_body, keep
         )
+        cross join lateral (
+            select from idempotency_keys as there
+            where there.account_id = input.account_id
+              and there.key = input.key collate "C"
+            limit 1
+        ) as there
         order by account_id, key collate "C"
         on conflict (account_id, key) do update set
             request_hash = excluded.request_hash,
@@ -233,7 +238,6 @@ pub async fn answer(conn: &mut PgConnection, rows: &[NewRow<'_>]) -> Result<(), 
             response_head = excluded.response_head,
             response_body = excluded.response_body,
             expires_at = excluded.expires_at
-        returning existing.created_at = statement_timestamp() as "created!"
         "#,
         &columns.account_ids,
         &columns.keys as &[&str],
@@ -245,9 +249,9 @@ pub async fn answer(conn: &mut PgConnection, rows: &[NewRow<'_>]) -> Result<(), 
         &columns.bodies as &[Option<&str>],
         &columns.keep,
     )
-    .fetch_all(conn)
+    .execute(conn)
     .await?;
-    if created.contains(&true) {
+    if usize::try_from(written.rows_affected()) != Ok(rows.len()) {
         return Err(sqlx::Error::RowNotFound);
     }
     Ok(())

@@ -213,7 +213,7 @@ fn app_on(server: &Server, settings: &Settings) -> App {
         rules: Rules::with(&[payment.parse().unwrap()]).unwrap(),
         keyless: settings.keyless,
         duplicate_guard: settings.duplicate_guard,
-        duplicate_guard_window: Duration::from_secs(300),
+        duplicate_guard_window: Duration::from_mins(5),
     }
 }
 
