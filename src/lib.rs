@@ -36,3 +36,8 @@ pub mod writer;
 
 /// The schema, step by step; `sqlx migrate run` and `payonce migrate` apply it.
 pub static MIGRATOR: sqlx::migrate::Migrator = sqlx::migrate!();
+
+/// The handbook's Rust, compiled as doc tests.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/handbook.md")]
+pub struct Handbook;

@@ -2,18 +2,15 @@
 
 use std::{process::Output, time::Duration};
 
-use sqlx::{ConnectOptions, Connection, Executor, PgConnection, PgPool};
+use sqlx::{Connection, Executor, PgConnection, PgPool};
 use tokio::process::Command;
 
 use crate::support::{
     Service, count, eventually,
     postgres::Cluster,
     process::{BINARY, HttpClient, Process},
+    url,
 };
-
-fn url(pool: &PgPool) -> String {
-    pool.connect_options().to_url_lossy().to_string()
-}
 
 /// In an empty directory, so that no `.env` of a developer plays a part.
 fn payonce(arguments: &[&str]) -> Command {

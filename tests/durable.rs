@@ -22,6 +22,7 @@ use crate::support::{
     postgres::Cluster,
     process::{HttpClient, Process},
     proxy::{Network, Proxy},
+    url,
 };
 
 /// Every acknowledged charge is there, under its id, and no key has two.
@@ -159,11 +160,6 @@ async fn a_network_that_falls_silent_or_slow_is_ridden_out(pool: PgPool) {
         }
     }
     assert_eq!(service.count_charges().await, 34);
-}
-
-fn url(pool: &PgPool) -> String {
-    use sqlx::ConnectOptions;
-    pool.connect_options().to_url_lossy().to_string()
 }
 
 #[sqlx::test(migrator = "payonce::MIGRATOR")]

@@ -8,6 +8,7 @@ mod durable;
 mod errors;
 mod faults_burn_no_key;
 mod guard;
+mod handbook;
 mod in_flight;
 mod inbound;
 mod keyless;

@@ -25,7 +25,7 @@ use payonce::{
     writer::{self, Writer},
 };
 use serde_json::{Value, json};
-use sqlx::{PgPool, postgres::PgConnectOptions};
+use sqlx::{ConnectOptions, PgPool, postgres::PgConnectOptions};
 use tower::ServiceExt;
 
 /// The service as a replica would run it, reached without a network.
@@ -183,6 +183,11 @@ impl Service {
     pub async fn count_charges(&self) -> i64 {
         count(&self.pool, "charges").await
     }
+}
+
+/// Where the database is, for a process.
+pub fn url(pool: &PgPool) -> String {
+    pool.connect_options().to_url_lossy().to_string()
 }
 
 /// The number of rows in a table.
