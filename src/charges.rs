@@ -41,6 +41,22 @@ pub struct ChargeRequest {
     pub capture: bool,
 }
 
+impl ChargeRequest {
+    /// This much, taken now; everything else is left open.
+    #[must_use]
+    pub fn new(amount: Amount, currency: Currency) -> Self {
+        Self {
+            amount,
+            currency,
+            customer: None,
+            source: None,
+            description: None,
+            metadata: BTreeMap::new(),
+            capture: true,
+        }
+    }
+}
+
 /// Where a charge stands. `pending` leads to one of the others and nothing
 /// leads back; the sandbox decides at once, so its charges begin at the end.
 #[derive(Debug, Clone, PartialEq, Eq)]

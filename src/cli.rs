@@ -8,6 +8,7 @@ use sqlx::{Connection, PgConnection};
 use crate::{
     MIGRATOR,
     accounts::{self, ApiKey, NAME_MAX},
+    client::command as charge,
     config::{Database, LogFormat, RuleChanges, Serve},
     db,
     idempotency::purge,
@@ -52,6 +53,9 @@ enum Task {
     Purge(Database),
     /// Show how long keys are kept and what a duplicate gets, by what it is
     Rules(RuleChanges),
+    /// Charge once, through a running service
+    #[command(after_help = charge::EXIT_CODES)]
+    Charge(Box<charge::Options>),
     /// Attack a running service the way real networks do, and audit it
     Storm(Box<storm::Options>),
 }
@@ -117,6 +121,12 @@ fn name(text: &str) -> Result<String, String> {
 /// A failure of a command, in one line.
 pub type Failure = Box<dyn std::error::Error + Send + Sync>;
 
+/// The exit code of a failed command: 3 if a charge may have been made, else 1.
+#[must_use]
+pub fn exit_code(failure: &Failure) -> u8 {
+    if failure.is::<charge::Open>() { 3 } else { 1 }
+}
+
 impl Cli {
     /// From the command line and the environment; ends the process on a mistake.
     #[must_use]
@@ -151,6 +161,7 @@ impl Cli {
             }
             Task::Purge(database) => purge_now(&database).await,
             Task::Rules(changes) => print(&changes.rules()?.to_string()),
+            Task::Charge(options) => charge::run(*options).await,
             Task::Storm(options) => storm::run(*options).await,
         }
     }
@@ -269,7 +280,7 @@ async fn purge_now(database: &Database) -> Result<(), Failure> {
 }
 
 /// To standard output; a reader that is gone is an error and no panic.
-fn print(text: &str) -> Result<(), Failure> {
+pub(crate) fn print(text: &str) -> Result<(), Failure> {
     Ok(std::io::stdout().write_all(text.as_bytes())?)
 }
 

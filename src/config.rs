@@ -119,7 +119,7 @@ pub enum LogFormat {
 /// PostgreSQL's timestamps at some point.
 const DURATION_MAX: Duration = Duration::from_hours(10 * 366 * 24);
 
-fn positive(text: &str) -> Result<Duration, String> {
+pub(crate) fn positive(text: &str) -> Result<Duration, String> {
     let duration = humantime::parse_duration(text)
         .map_err(|error| format!("{error}; write it like 24h, 90s or 250ms"))?;
     if duration.is_zero() || duration > DURATION_MAX {

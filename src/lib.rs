@@ -7,6 +7,7 @@
 //! | --- | --- |
 //! | [`cli`], [`config`] | the commands and their settings |
 //! | [`serve`] | starts the parts, and ends them in order |
+//! | [`client`] | asks until it knows, and says what is certain; used from outside, by programs and by `payonce charge` |
 //! | [`storm`] | attacks a running service, and audits it |
 //! | [`layer`] | the same promises for the handlers of any axum service |
 //! | [`http`] | bytes to commands, answers to bytes |
@@ -21,6 +22,7 @@
 pub mod accounts;
 pub mod charges;
 pub mod cli;
+pub mod client;
 pub mod config;
 pub mod db;
 pub mod error;

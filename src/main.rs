@@ -2,7 +2,10 @@
 
 use std::{io::IsTerminal, process::ExitCode};
 
-use payonce::{cli::Cli, config::LogFormat};
+use payonce::{
+    cli::{self, Cli},
+    config::LogFormat,
+};
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
@@ -30,7 +33,7 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("payonce: {error}");
-            ExitCode::FAILURE
+            ExitCode::from(cli::exit_code(&error))
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use serde::{Serialize, Serializer};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 
 /// The largest amount of one charge, in minor units: twelve digits, which is
 /// also the most that Stripe takes in any currency.
@@ -26,6 +26,13 @@ impl Amount {
     #[must_use]
     pub fn minor_units(self) -> i64 {
         self.0
+    }
+}
+
+impl<'de> Deserialize<'de> for Amount {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let minor_units = i64::deserialize(deserializer)?;
+        Self::new(minor_units).ok_or_else(|| de::Error::custom("not an amount"))
     }
 }
 
@@ -62,6 +69,13 @@ impl fmt::Debug for Currency {
 impl Serialize for Currency {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.serialize_str(&self.code())
+    }
+}
+
+impl<'de> Deserialize<'de> for Currency {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let code = String::deserialize(deserializer)?;
+        Self::from_code(&code).ok_or_else(|| de::Error::custom("not a currency in use"))
     }
 }
 

@@ -3,6 +3,7 @@
 mod support;
 
 mod accounts_are_apart;
+mod client;
 mod commands;
 mod durable;
 mod errors;

@@ -92,6 +92,18 @@ impl Key {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// As [`Key::from_header`] reads it: bare, or quoted where it begins with a
+    /// quote itself.
+    #[must_use]
+    pub fn to_header(&self) -> String {
+        if self.0.starts_with('"') {
+            let escaped = self.0.replace('\\', "\\\\").replace('"', "\\\"");
+            format!("\"{escaped}\"")
+        } else {
+            self.0.clone()
+        }
+    }
 }
 
 /// RFC 8941, section 4.2.5: within quotes only `\"` and `\\` are escapes.
@@ -166,6 +178,8 @@ mod tests {
         fn every_visible_key_survives_quoting(text in "[!-~]{1,255}") {
             let quoted = format!("\"{}\"", text.replace('\\', "\\\\").replace('"', "\\\""));
             prop_assert_eq!(key(&quoted), Ok(text.clone()));
+            let parsed = Key::from_header(quoted.as_bytes()).unwrap();
+            prop_assert_eq!(Key::from_header(parsed.to_header().as_bytes()), Ok(parsed));
             if !text.starts_with('"') {
                 prop_assert_eq!(key(&text), Ok(text));
             }
