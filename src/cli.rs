@@ -1,18 +1,23 @@
 //! The commands.
 
-use std::io::Write;
+use std::{io::Write, time::Duration};
 
-use clap::{Arg, Command, CommandFactory, FromArgMatches, Parser, Subcommand, builder::Resettable};
+use chrono::{DateTime, NaiveDate, Utc};
+use clap::{
+    Arg, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand, builder::Resettable,
+};
 use sqlx::{Connection, PgConnection};
 
 use crate::{
     MIGRATOR,
     accounts::{self, ApiKey, NAME_MAX},
     client::command as charge,
-    config::{Database, LogFormat, RuleChanges, Serve},
+    config::{self, Database, LogFormat, RuleChanges, Serve},
     db,
-    idempotency::purge,
+    idempotency::{Key, purge},
     ids::{AccountId, ApiKeyId},
+    keys::{self, Windowed},
+    money::{AMOUNT_MAX, Amount},
     serve, storm,
 };
 
@@ -49,6 +54,9 @@ enum Task {
     /// Manage the API keys of accounts
     #[command(subcommand)]
     ApiKey(ApiKeyTask),
+    /// Build the idempotency key of an operation; needs no database
+    #[command(subcommand)]
+    Key(Box<KeyTask>),
     /// Remove expired answers now, until none is left
     Purge(Database),
     /// Show how long keys are kept and what a duplicate gets, by what it is
@@ -110,6 +118,113 @@ enum ApiKeyTask {
     },
 }
 
+#[derive(Debug, Subcommand)]
+enum KeyTask {
+    /// For a payment: once per order, amount and version
+    Payment {
+        /// The order's id
+        #[arg(long)]
+        order: String,
+        /// In minor units: cents, yen
+        #[arg(long, value_parser = amount, allow_negative_numbers = true, value_name = "N")]
+        amount: Amount,
+        /// Another for a changed cart, a changed currency, and another card
+        /// after a decline
+        #[arg(long, default_value_t = 1, value_name = "N")]
+        version: u32,
+    },
+    /// For a form without a key of its own: once per user, form and window of
+    /// time; not for money
+    Form {
+        /// The user's id; it stands in the key, so no address
+        #[arg(long)]
+        user: String,
+        /// The form's name
+        #[arg(long)]
+        form: String,
+        #[command(flatten)]
+        window: Window,
+    },
+    /// For an event that was delivered: once per source and event
+    Webhook {
+        /// Who sent it, like stripe
+        #[arg(long)]
+        source: String,
+        /// The event's id
+        #[arg(long)]
+        event: String,
+    },
+    /// For a message of a queue: once per message
+    Message {
+        /// The sender's id of it, not the delivery's
+        #[arg(long)]
+        id: String,
+    },
+    /// For a mail: once per recipient, template and day
+    Email {
+        /// The address; the key carries a hash of it
+        #[arg(long)]
+        recipient: String,
+        /// The template's name
+        #[arg(long)]
+        template: String,
+        /// The day it is meant for
+        #[arg(long, value_parser = day, value_name = "YYYY-MM-DD")]
+        day: NaiveDate,
+    },
+    /// For what has no shorter name: once per entity, action, data and window of
+    /// time; not for money
+    Compound {
+        /// What it is done to
+        #[arg(long)]
+        entity: String,
+        /// What is done
+        #[arg(long)]
+        action: String,
+        /// What it is done with; the order of fields makes no difference
+        #[arg(long, value_name = "JSON")]
+        data: String,
+        #[command(flatten)]
+        window: Window,
+    },
+    /// A new key, to be stored before the first try
+    Mint,
+}
+
+#[derive(Debug, Args)]
+struct Window {
+    /// The window's length, like 10m; tries on both sides of its edge have two keys
+    #[arg(long = "window", value_parser = config::positive, value_name = "DURATION")]
+    length: Duration,
+    /// A moment in it, like 2026-07-01T12:00:00Z; now, unless given
+    #[arg(long, value_parser = moment, value_name = "RFC3339")]
+    at: Option<DateTime<Utc>>,
+    /// Print the key of the window before; claim it together with the current one
+    #[arg(long)]
+    previous: bool,
+}
+
+fn amount(text: &str) -> Result<Amount, String> {
+    text.parse()
+        .ok()
+        .and_then(Amount::new)
+        .ok_or_else(|| format!("an amount is a whole number from 1 to {AMOUNT_MAX}"))
+}
+
+fn day(text: &str) -> Result<NaiveDate, String> {
+    text.parse()
+        .ok()
+        // chrono takes spaces and missing zeros too.
+        .filter(|day: &NaiveDate| day.to_string() == text)
+        .ok_or_else(|| "a day is written like 2026-07-01".to_owned())
+}
+
+fn moment(text: &str) -> Result<DateTime<Utc>, String> {
+    DateTime::parse_from_rfc3339(text)
+        .map(|at| at.to_utc())
+        .map_err(|_| "a moment is written like 2026-07-01T12:00:00Z".to_owned())
+}
+
 fn name(text: &str) -> Result<String, String> {
     let text = text.trim();
     if text.is_empty() || text.chars().count() > NAME_MAX || text.contains('\0') {
@@ -159,6 +274,7 @@ impl Cli {
             Task::ApiKey(ApiKeyTask::Check { database, api_key }) => {
                 check_api_key(&database, &api_key).await
             }
+            Task::Key(task) => print(&format!("{}\n", build_key(*task)?.as_str())),
             Task::Purge(database) => purge_now(&database).await,
             Task::Rules(changes) => print(&changes.rules()?.to_string()),
             Task::Charge(options) => charge::run(*options).await,
@@ -269,6 +385,56 @@ async fn check_api_key(database: &Database, api_key: &str) -> Result<(), Failure
         .await?
         .ok_or("the API key is unknown or revoked")?;
     print(&format!("account {account_id}\n"))
+}
+
+fn build_key(task: KeyTask) -> Result<Key, keys::Mistake> {
+    match task {
+        KeyTask::Payment {
+            order,
+            amount,
+            version,
+        } => keys::payment(&order, amount, version),
+        KeyTask::Form { user, form, window } => {
+            Ok(window.pick(&keys::form(&user, &form, window.window()?)?))
+        }
+        KeyTask::Webhook { source, event } => keys::webhook(&source, &event),
+        KeyTask::Message { id } => keys::message(&id),
+        KeyTask::Email {
+            recipient,
+            template,
+            day,
+        } => keys::email(&recipient, &template, day),
+        KeyTask::Compound {
+            entity,
+            action,
+            data,
+            window,
+        } => {
+            let data = keys::Data::from_json(&data)?;
+            let keys = keys::compound(&entity, &action, window.window()?, &data)?;
+            Ok(window.pick(&keys))
+        }
+        KeyTask::Mint => Ok(keys::mint()),
+    }
+}
+
+impl Window {
+    fn window(&self) -> Result<keys::Window, keys::Mistake> {
+        #[expect(
+            clippy::disallowed_methods,
+            reason = "the key is the caller's, and so is the clock"
+        )]
+        let at = self.at.unwrap_or_else(Utc::now);
+        keys::Window::of(self.length, at)
+    }
+
+    fn pick(&self, keys: &Windowed) -> Key {
+        if self.previous {
+            keys.previous().clone()
+        } else {
+            keys.current().clone()
+        }
+    }
 }
 
 async fn purge_now(database: &Database) -> Result<(), Failure> {

@@ -12,6 +12,7 @@
 //! | [`layer`] | the same promises for the handlers of any axum service |
 //! | [`http`] | bytes to commands, answers to bytes |
 //! | [`writer`] | takes commands, writes them many to a transaction, answers after COMMIT |
+//! | [`keys`] | builds idempotency keys, for those who ask |
 //! | [`charges`], [`accounts`], [`idempotency`] | the words of the domain, and the SQL of their tables |
 //! | [`processor`] | what moves the money |
 //! | [`db`] | how to reach PostgreSQL, and what its errors mean |
@@ -29,6 +30,7 @@ pub mod error;
 pub mod http;
 pub mod idempotency;
 pub mod ids;
+pub mod keys;
 pub mod layer;
 pub mod money;
 pub mod processor;

@@ -307,6 +307,189 @@ async fn rules_are_shown_with_their_changes() {
     insta::assert_snapshot!(shown);
 }
 
+/// Without a database, or the name of one.
+async fn key(arguments: &str) -> Output {
+    let arguments: Vec<_> = std::iter::once("key")
+        .chain(arguments.split_whitespace())
+        // As a shell has it.
+        .map(|argument| if argument == "''" { "" } else { argument })
+        .collect();
+    payonce(&arguments).output().await.unwrap()
+}
+
+#[tokio::test]
+async fn a_key_is_printed_alone() {
+    let window = "--window 10m --at 2026-07-01T14:07:31+02:00";
+    let sha256_of_the_data = "d3626ac30a87e6f7a6428233b3c68299976865fa5508e4267c5415c76af7a772";
+    for (arguments, expected) in [
+        (
+            "payment --order order_1 --amount 5000 --version 2".to_owned(),
+            "payment:order_1:5000:v2".to_owned(),
+        ),
+        (
+            "payment --order 1:2 --amount 1".to_owned(),
+            "payment:1%3A2:1:v1".to_owned(),
+        ),
+        (
+            format!("form --user user_7 --form signup {window}"),
+            "form:user_7:signup:20260701T120000Z:600s".to_owned(),
+        ),
+        (
+            format!("form --user user_7 --form signup {window} --previous"),
+            "form:user_7:signup:20260701T115000Z:600s".to_owned(),
+        ),
+        (
+            "webhook --source stripe --event evt_1".to_owned(),
+            "webhook:stripe:evt_1".to_owned(),
+        ),
+        ("message --id msg_1".to_owned(), "message:msg_1".to_owned()),
+        (
+            "email --recipient ada@example.com --template welcome --day 2026-07-01".to_owned(),
+            "email:ce9ea766e9dd4bb53d85eec2130f4ec51df8665ffc0de62f7ad64c0c7f106743:welcome:2026-07-01"
+                .to_owned(),
+        ),
+        (
+            format!("compound --entity cart_3 --action checkout {window} --data {{\"b\":1,\"a\":2}}"),
+            format!("compound:cart_3:checkout:20260701T120000Z:600s:{sha256_of_the_data}"),
+        ),
+        (
+            format!("compound --entity cart_3 --action checkout {window} --previous --data {{\"a\":2,\"b\":1}}"),
+            format!("compound:cart_3:checkout:20260701T115000Z:600s:{sha256_of_the_data}"),
+        ),
+    ] {
+        let output = key(&arguments).await;
+        assert!(output.status.success(), "{arguments}: {output:?}");
+        assert_eq!(
+            String::from_utf8(output.stdout).unwrap(),
+            format!("{expected}\n")
+        );
+        assert!(output.stderr.is_empty(), "{arguments}");
+    }
+    let (one, other) = (key("mint").await, key("mint").await);
+    assert!(one.status.success() && one.stdout.len() == 37, "{one:?}");
+    assert_ne!(one.stdout, other.stdout);
+}
+
+#[tokio::test]
+async fn a_window_is_the_current_one_unless_told() {
+    let year = "form --user u --form f --window 366d";
+    let now = chrono::DateTime::from(std::time::SystemTime::now());
+    let start = payonce::keys::Window::of(Duration::from_hours(366 * 24), now)
+        .unwrap()
+        .start()
+        .format("%Y%m%dT%H%M%SZ");
+    assert_eq!(
+        String::from_utf8(key(year).await.stdout).unwrap(),
+        format!("form:u:f:{start}:31622400s\n")
+    );
+}
+
+/// Refused with this status, without a key, and with these words.
+async fn refused(status: i32, arguments: &str, named: &str) {
+    let output = key(arguments).await;
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(status), "{arguments}: {said}");
+    assert!(output.stdout.is_empty(), "{arguments}");
+    assert!(said.contains(named), "{arguments}: {said}");
+    // clap quotes the mistake and adds the usage; ours is one line, without it.
+    if status == 1 {
+        assert_eq!(said.lines().count(), 1, "{said}");
+        assert!(!said.contains("secret"), "{said}");
+    }
+}
+
+#[tokio::test]
+async fn a_key_without_one_of_its_fields_is_refused_by_its_name() {
+    for (arguments, named) in [
+        ("payment --order '' --amount 1", "order"),
+        ("form --user '' --form f --window 1m", "user"),
+        ("form --user u --form '' --window 1m", "form"),
+        ("webhook --source '' --event e", "source"),
+        ("webhook --source s --event ''", "event"),
+        ("message --id ''", "id"),
+        (
+            "email --recipient '' --template t --day 2026-07-01",
+            "recipient",
+        ),
+        (
+            "email --recipient r --template '' --day 2026-07-01",
+            "template",
+        ),
+        (
+            "compound --entity '' --action a --window 1h --data {}",
+            "entity",
+        ),
+        (
+            "compound --entity e --action '' --window 1h --data {}",
+            "action",
+        ),
+    ] {
+        refused(1, arguments, &format!("the {named} is empty")).await;
+    }
+    refused(2, "payment --order o", "--amount").await;
+    refused(2, "form --user u --form f", "--window").await;
+    refused(2, "compound --entity e --action a --window 1h", "--data").await;
+}
+
+#[tokio::test]
+async fn a_key_of_what_cannot_be_meant_is_refused() {
+    let between = "a whole number from 1 to 999999999999";
+    let rfc3339 = "like 2026-07-01T12:00:00Z";
+    for (status, arguments, named) in [
+        (2, "payment --order o --amount 0", between),
+        (2, "payment --order o --amount -5", between),
+        (2, "payment --order o --amount 1.5", between),
+        (2, "payment --order o --amount 1000000000000", between),
+        (2, "payment --order o --amount 1 --version two", "--version"),
+        (2, "form --user u --form f --window 0s", "more than 0"),
+        (
+            2,
+            "form --user u --form f --window soon",
+            "24h, 90s or 250ms",
+        ),
+        (1, "form --user u --form f --window 250ms", "whole seconds"),
+        (1, "form --user u --form f --window 367d", "366 days"),
+        (2, "form --user u --form f --window 1m --at noon", rfc3339),
+        (
+            2,
+            "form --user u --form f --window 1m --at 2026-07-01T12:00:00",
+            rfc3339,
+        ),
+        (
+            1,
+            "form --user u --form f --window 1m --at 1969-07-01T12:00:00Z",
+            "1970 to 9999",
+        ),
+        (
+            2,
+            "email --recipient r --template t --day 2026-02-29",
+            "like 2026-07-01",
+        ),
+        (
+            2,
+            "email --recipient r --template t --day 2026-7-1",
+            "like 2026-07-01",
+        ),
+        (
+            1,
+            "compound --entity e --action a --window 1h --data {secret",
+            "not valid JSON (line 1, column 2)",
+        ),
+        (
+            1,
+            r#"compound --entity e --action a --window 1h --data {"a":1,"a":2}"#,
+            "a field twice",
+        ),
+        (
+            1,
+            "compound --entity e --action a --window 1h --data 9007199254740993",
+            "write it as a text",
+        ),
+    ] {
+        refused(status, arguments, named).await;
+    }
+}
+
 #[sqlx::test(migrator = "payonce::MIGRATOR")]
 async fn purge_says_how_much_it_did(pool: PgPool) {
     let service = Service::start(&pool).await;

@@ -41,7 +41,7 @@ impl Exchange {
 impl<S: Sync> FromRequestParts<S> for Exchange {
     type Rejection = Infallible;
 
-    /// The one that [`track`] began; no handler can be reached but through it.
+    /// The one that `track` began; no handler can be reached but through it.
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
         let begun = parts.extensions.get().copied();
         Ok(begun.unwrap_or_else(Self::begin))
@@ -80,7 +80,7 @@ pub(super) async fn track(mut request: Request, next: Next) -> Response {
     response
 }
 
-/// The whole response for an error, where no [`track`] is around.
+/// The whole response for an error, where no `track` is around.
 pub(crate) fn respond(error: &Error, id: RequestId) -> Response {
     let mut response = error.clone().into_response();
     response.extensions_mut().remove::<Error>();
@@ -89,7 +89,7 @@ pub(crate) fn respond(error: &Error, id: RequestId) -> Response {
 }
 
 impl IntoResponse for Error {
-    /// Status and headers; [`track`] writes the body, since it knows the id.
+    /// Status and headers; `track` writes the body, since it knows the id.
     fn into_response(self) -> Response {
         let status = self.entry().status;
         let mut response = StatusCode::from_u16(status)

@@ -46,18 +46,22 @@ impl Key {
             [b'"', ..] => return Err(MalformedKey::BadQuoting),
             bare => bare.to_vec(),
         };
+        let text = String::from_utf8(text).map_err(|_| MalformedKey::NotVisibleAscii)?;
+        Self::from_text(text)
+    }
+
+    /// From the key itself, to which a quote is a character like any other.
+    pub(crate) fn from_text(text: String) -> Result<Self, MalformedKey> {
         if text.is_empty() {
             return Err(MalformedKey::Empty);
         }
-        if !text.iter().all(u8::is_ascii_graphic) {
+        if !text.bytes().all(|b| b.is_ascii_graphic()) {
             return Err(MalformedKey::NotVisibleAscii);
         }
         if text.len() > KEY_MAX {
             return Err(MalformedKey::TooLong);
         }
-        String::from_utf8(text)
-            .map(Self)
-            .map_err(|_| MalformedKey::NotVisibleAscii)
+        Ok(Self(text))
     }
 
     /// From all headers of the name, of which there may be one.
