@@ -10,6 +10,9 @@ create table idempotency_keys (
     key varchar(255) collate "C" not null,
     -- One byte of version and a SHA-256 over what the request means.
     request_hash bytea not null,
+    -- A digest per field of the request, to say which of them another one differs
+    -- in; null where that is not known.
+    field_digests bytea,
     -- What whoever claimed the key is doing: for a payment, its charge. A writer
     -- that lost the answer to its COMMIT finds its own work again by it.
     operation_id uuid not null,

@@ -1,7 +1,7 @@
 //! Charges: what is asked for, what becomes of it, and the SQL of its table.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     time::Duration,
 };
 
@@ -13,13 +13,17 @@ use crate::{
     db::{Unprepared, position, unreadable},
     error::Error,
     idempotency::{
-        Answer, Fingerprint, Key, Rule, Scope,
+        Answer, FieldDigests, Fingerprint, Key, Rule, Scope,
         store::{self, NewRow},
     },
     ids::{AccountId, ChargeId, RequestId},
     money::{Amount, Currency},
+    page::Page,
     processor::{Decline, Outcome},
 };
+
+/// The most names that metadata can hold.
+pub const METADATA_ENTRIES_MAX: usize = 50;
 
 /// What a client asks for, checked; its canonical form is what the
 /// fingerprint is taken of, so two ways of writing the same wish are equal here.
@@ -90,6 +94,41 @@ pub struct Charge {
     pub request: ChargeRequest,
     /// What became of it.
     pub status: Status,
+    /// What was taken of the amount, in minor units; 0 until it is captured.
+    pub amount_captured: i64,
+    /// What was given back, in minor units.
+    pub amount_refunded: i64,
+}
+
+/// What a client wants changed, checked. Of what it leaves out nothing changes.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ChargeUpdate {
+    /// An empty text removes it.
+    pub description: Option<String>,
+    /// Names with their new texts; an empty text removes the name.
+    pub metadata: BTreeMap<String, String>,
+    /// Removes all names that there were.
+    pub clears_metadata: bool,
+}
+
+/// A change of a charge that its state does not allow. An outcome, not a fault:
+/// it is stored, and replayed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Refusal {
+    /// A capture of what was captured.
+    AlreadyCaptured,
+    /// A refund of what has nothing left, or a capture of what was cancelled.
+    AlreadyRefunded,
+    /// More than is left, which is this much.
+    AmountTooLarge(i64),
+    /// A part of what was only authorised cannot be refunded.
+    NotCaptured,
+    /// A capture of what did not succeed.
+    NotCapturable,
+    /// A refund of what did not succeed.
+    NotRefundable,
+    /// More metadata than a charge can hold.
+    MetadataFull,
 }
 
 /// A wish for a charge with all that the writer needs. The sandbox decides
@@ -101,6 +140,8 @@ pub struct CreateCharge {
     pub scope: Scope,
     /// Of the request.
     pub fingerprint: Fingerprint,
+    /// Of its fields.
+    pub digests: FieldDigests,
     /// How long the answer is kept, and what a duplicate gets.
     pub rule: Rule,
     /// Whether the key is the client's, and the charge carries it for good. The
@@ -179,6 +220,7 @@ impl CreateCharge {
         NewRow {
             scope: &self.scope,
             fingerprint: self.fingerprint,
+            digests: Some(self.digests.as_bytes()),
             operation_id: self.charge.id.0,
             request_id: self.charge.request_id,
             answer: Some(&self.answer),
@@ -192,6 +234,7 @@ impl CreateCharge {
         NewRow {
             scope: &guard.scope,
             fingerprint: guard.fingerprint,
+            digests: None,
             keep: guard.window,
             answer: Some(nothing),
             ..self.row()
@@ -207,9 +250,16 @@ impl Charge {
             Outcome::Approved => Status::Succeeded,
             Outcome::Declined(decline) => Status::Failed(decline),
         };
+        let captured = request.capture && status == Status::Succeeded;
         Self {
             id: ChargeId::new(),
             request_id,
+            amount_captured: if captured {
+                request.amount.minor_units()
+            } else {
+                0
+            },
+            amount_refunded: 0,
             request,
             status,
         }
@@ -218,11 +268,94 @@ impl Charge {
     /// Whether the money was taken, and not only authorised.
     #[must_use]
     pub fn captured(&self) -> bool {
-        self.request.capture && self.status == Status::Succeeded
+        self.amount_captured > 0
     }
 
-    /// What the client that asked for this charge is told. The same charge gives
-    /// the same bytes, so an answer that has expired can be written again.
+    /// What a refund can give back in all: what was captured, or, before that,
+    /// what was authorised.
+    fn refundable(&self) -> i64 {
+        if self.captured() {
+            self.amount_captured
+        } else {
+            self.request.amount.minor_units()
+        }
+    }
+
+    /// Takes the money, or a part of it; the rest is released. Once.
+    ///
+    /// # Errors
+    /// Why that cannot be; the charge is as before.
+    pub fn capture(&mut self, amount: Option<Amount>) -> Result<(), Refusal> {
+        let authorised = self.request.amount;
+        if self.status != Status::Succeeded {
+            return Err(Refusal::NotCapturable);
+        }
+        if self.captured() {
+            return Err(Refusal::AlreadyCaptured);
+        }
+        if self.amount_refunded > 0 {
+            return Err(Refusal::AlreadyRefunded);
+        }
+        let amount = amount.unwrap_or(authorised);
+        if amount > authorised {
+            return Err(Refusal::AmountTooLarge(authorised.minor_units()));
+        }
+        self.amount_captured = amount.minor_units();
+        Ok(())
+    }
+
+    /// Gives back so much, or all that is left, and says how much that was. What
+    /// was not captured can only be given back as a whole, which cancels it.
+    ///
+    /// # Errors
+    /// Why that cannot be; the charge is as before.
+    pub fn refund(&mut self, amount: Option<Amount>) -> Result<Amount, Refusal> {
+        if self.status != Status::Succeeded {
+            return Err(Refusal::NotRefundable);
+        }
+        let left = Amount::new(self.refundable() - self.amount_refunded)
+            .ok_or(Refusal::AlreadyRefunded)?;
+        let amount = amount.unwrap_or(left);
+        if amount > left {
+            return Err(Refusal::AmountTooLarge(left.minor_units()));
+        }
+        if !self.captured() && amount < left {
+            return Err(Refusal::NotCaptured);
+        }
+        self.amount_refunded += amount.minor_units();
+        Ok(amount)
+    }
+
+    /// Merges what is new into what there is, as Stripe does.
+    ///
+    /// # Errors
+    /// If that would be too much; the charge is as before.
+    pub fn update(&mut self, update: &ChargeUpdate) -> Result<(), Refusal> {
+        let mut metadata = if update.clears_metadata {
+            BTreeMap::new()
+        } else {
+            self.request.metadata.clone()
+        };
+        for (name, text) in &update.metadata {
+            if text.is_empty() {
+                metadata.remove(name);
+            } else {
+                metadata.insert(name.clone(), text.clone());
+            }
+        }
+        if metadata.len() > METADATA_ENTRIES_MAX {
+            return Err(Refusal::MetadataFull);
+        }
+        self.request.metadata = metadata;
+        if let Some(description) = &update.description {
+            self.request.description = Some(description.clone()).filter(|text| !text.is_empty());
+        }
+        Ok(())
+    }
+
+    /// What the client that asked for this charge is told. A charge that has not
+    /// changed gives the same bytes, so an answer that has expired can be written
+    /// again; one that was captured, refunded or updated since says so.
     #[must_use]
     pub fn answer(&self) -> Answer {
         match &self.status {
@@ -232,7 +365,7 @@ impl Charge {
                     charge: self.id,
                 };
                 Answer {
-                    status: error.entry().status,
+                    status: error.status(),
                     head: None,
                     body: error.body(self.request_id).into(),
                 }
@@ -266,12 +399,8 @@ impl Charge {
             id: self.id,
             object: "charge",
             amount: request.amount,
-            amount_captured: if self.captured() {
-                request.amount.minor_units()
-            } else {
-                0
-            },
-            amount_refunded: 0,
+            amount_captured: self.amount_captured,
+            amount_refunded: self.amount_refunded,
             captured: self.captured(),
             created: self.id.created_at().timestamp(),
             currency: request.currency,
@@ -283,7 +412,7 @@ impl Charge {
             metadata: &request.metadata,
             outcome: WireOutcome::of(&self.status),
             paid: self.status == Status::Succeeded,
-            refunded: false,
+            refunded: self.amount_refunded > 0 && self.amount_refunded == self.refundable(),
             source: request.source.as_deref(),
             status: self.status.name(),
         }
@@ -358,6 +487,8 @@ struct Row {
     description: Option<String>,
     metadata: Json<BTreeMap<String, String>>,
     capture: bool,
+    amount_captured: i64,
+    amount_refunded: i64,
     status: String,
     failure_code: Option<String>,
     decline_code: Option<String>,
@@ -394,6 +525,8 @@ impl TryFrom<Row> for Charge {
                 capture: row.capture,
             },
             status,
+            amount_captured: row.amount_captured,
+            amount_refunded: row.amount_refunded,
         })
     }
 }
@@ -442,23 +575,23 @@ pub async fn claim_and_insert(
                 $1::uuid[], $2::text[], $3::bytea[], $4::uuid[], $5::int2[], $6::text[],
                 $7::int8[], $8::text[], $9::text[], $10::text[], $11::text[], $12::text[],
                 $13::bool[], $14::text[], $15::text[], $16::text[], $17::text[], $18::timestamptz[], $19::uuid[],
-                $20::float8[], $21::bool[]
+                $20::float8[], $21::bool[], $22::bytea[]
             ) as input (
                 account_id, key, request_hash, charge_id, response_status, response_body,
                 amount, currency, customer, source, description, metadata,
                 capture, status, failure_code, decline_code, failure_message, created_at, request_id,
-                keep, keyed
+                keep, keyed, field_digests
             )
         ),
         claimed as (
             insert into idempotency_keys (
                 account_id, key, request_hash, operation_id, request_id, response_status,
-                response_body, created_at, expires_at
+                response_body, created_at, expires_at, field_digests
             )
             select
                 account_id, key, request_hash, charge_id, request_id, response_status,
                 response_body::json, statement_timestamp(),
-                statement_timestamp() + make_interval(secs => keep)
+                statement_timestamp() + make_interval(secs => keep), field_digests
             from input
             where pg_try_advisory_xact_lock(hashtextextended(key, uuid_hash_extended(account_id, 0)))
             order by account_id, key collate "C"
@@ -469,12 +602,13 @@ pub async fn claim_and_insert(
             insert into charges (
                 account_id, charge_id, idempotency_key, request_hash, amount, currency, customer,
                 source, description, metadata, capture, status, failure_code, decline_code,
-                failure_message, created_at, request_id
+                failure_message, created_at, request_id, amount_captured
             )
             select
                 account_id, charge_id, case when keyed then input.key end, request_hash, amount, currency, customer,
                 source, description, metadata::jsonb, capture, status, failure_code, decline_code,
-                failure_message, input.created_at, request_id
+                failure_message, input.created_at, request_id,
+                case when capture and status = 'succeeded' then amount else 0 end
             from input
             join claimed using (account_id, charge_id)
             where claimed.key = input.key collate "C"
@@ -506,6 +640,7 @@ pub async fn claim_and_insert(
         &column!(c => c.charge.request_id.0),
         &column!(c => c.rule.keep.as_secs_f64()),
         &column!(c => c.keyed),
+        &column!(c => c.digests.as_bytes()) as &[&[u8]],
     )
     .fetch_all(conn)
     .await?;
@@ -527,7 +662,7 @@ pub async fn claim_and_insert(
         .collect())
 }
 
-fn metadata_text(metadata: &BTreeMap<String, String>) -> String {
+pub(crate) fn metadata_text(metadata: &BTreeMap<String, String>) -> String {
     serde_json::to_string(metadata).expect("a map of strings is always JSON")
 }
 
@@ -589,7 +724,8 @@ pub async fn by_key(
         r#"
         select input.position, charge.charge_id, charge.request_id, charge.request_hash, charge.amount,
             charge.currency, charge.customer, charge.source, charge.description, charge.metadata,
-            charge.capture, charge.status, charge.failure_code, charge.decline_code,
+            charge.capture, charge.amount_captured,
+            charge.amount_refunded, charge.status, charge.failure_code, charge.decline_code,
             charge.failure_message
         from unnest($1::uuid[], $2::text[]) with ordinality as input (account_id, key, position)
         cross join lateral (
@@ -627,7 +763,7 @@ pub async fn find(
         r#"
         select charge_id, request_id, amount, currency, customer, source, description,
             metadata as "metadata: Json<BTreeMap<String, String>>", capture,
-            status, failure_code, decline_code, failure_message
+            amount_captured, amount_refunded, status, failure_code, decline_code, failure_message
         from charges
         where account_id = $1 and charge_id = $2
         "#,
@@ -640,36 +776,181 @@ pub async fn find(
     .transpose()
 }
 
-/// Up to `limit` charges of this account, newest first, from the one that
-/// follows `after`. Ids begin with the time, so the primary key is the order.
+/// The charge that carries this key.
+///
+/// # Errors
+/// What the database said.
+pub async fn of_key(
+    executor: impl PgExecutor<'_>,
+    scope: &Scope,
+) -> Result<Option<ChargeId>, sqlx::Error> {
+    let id = sqlx::query_scalar!(
+        "select charge_id from charges where account_id = $1 and idempotency_key = $2",
+        scope.account_id.0,
+        scope.key.as_str(),
+    )
+    .fetch_optional(executor)
+    .await?;
+    Ok(id.map(ChargeId))
+}
+
+/// A page of this account's charges, newest first; of one customer's, if one is
+/// named. Ids begin with the time, so the primary key is the order.
 ///
 /// # Errors
 /// What the database said.
 pub async fn list(
     executor: impl PgExecutor<'_>,
     account_id: AccountId,
-    after: Option<ChargeId>,
-    limit: i64,
+    customer: Option<&str>,
+    page: &Page,
 ) -> Result<Vec<Charge>, sqlx::Error> {
-    sqlx::query_as!(
-        Row,
+    let (after, before) = page.bounds();
+    // One statement for each direction, so that an index always does the work;
+    // and planned per execution, so that a customer who is not named costs none.
+    let rows = if page.backwards() {
+        sqlx::query_as!(
+            Row,
+            r#"
+            select charge_id, request_id, amount, currency, customer, source, description,
+                metadata as "metadata: Json<BTreeMap<String, String>>", capture,
+                amount_captured, amount_refunded, status, failure_code, decline_code, failure_message
+            from charges
+            where account_id = $1 and charge_id > $2 and charge_id < $3
+                and ($4::text is null or customer = $4)
+            order by charge_id
+            limit $5
+            "#,
+            account_id.0,
+            after,
+            before,
+            customer,
+            page.rows(),
+        )
+        .fetch_all(executor)
+        .await?
+    } else {
+        sqlx::query_as!(
+            Row,
+            r#"
+            select charge_id, request_id, amount, currency, customer, source, description,
+                metadata as "metadata: Json<BTreeMap<String, String>>", capture,
+                amount_captured, amount_refunded, status, failure_code, decline_code, failure_message
+            from charges
+            where account_id = $1 and charge_id > $2 and charge_id < $3
+                and ($4::text is null or customer = $4)
+            order by charge_id desc
+            limit $5
+            "#,
+            account_id.0,
+            after,
+            before,
+            customer,
+            page.rows(),
+        )
+        .fetch_all(executor)
+        .await?
+    };
+    rows.into_iter().map(Charge::try_from).collect()
+}
+
+/// A charge that is locked, and what stands beside it.
+#[derive(Debug)]
+pub struct Locked {
+    /// As it is now, and stays until the transaction ends.
+    pub charge: Charge,
+    /// Where its row is, until it is saved.
+    pub row: String,
+}
+
+/// Locks charges, each `(account, charge)` once, in their order; `None` where
+/// there is none.
+///
+/// Whoever else locks them does it in the order of the ids too, so two batches
+/// cannot wait for each other in a circle.
+///
+/// # Errors
+/// What the database said.
+pub async fn lock(
+    conn: &mut PgConnection,
+    ids: &BTreeSet<(AccountId, ChargeId)>,
+) -> Result<HashMap<(AccountId, ChargeId), Locked>, sqlx::Error> {
+    #[derive(sqlx::FromRow)]
+    struct Found {
+        account_id: Uuid,
+        id: String,
+        #[sqlx(flatten)]
+        row: Row,
+    }
+
+    // The rows are locked as the loop over the input comes to them.
+    let query = sqlx::query!(
         r#"
-        select charge_id, request_id, amount, currency, customer, source, description,
-            metadata as "metadata: Json<BTreeMap<String, String>>", capture,
-            status, failure_code, decline_code, failure_message
-        from charges
-        where account_id = $1 and charge_id < $2
-        order by charge_id desc
-        limit $3
+        select charge.account_id, charge.id, charge.charge_id, charge.request_id, charge.amount,
+            charge.currency, charge.customer, charge.source, charge.description, charge.metadata,
+            charge.capture, charge.amount_captured, charge.amount_refunded, charge.status,
+            charge.failure_code, charge.decline_code, charge.failure_message
+        from unnest($1::uuid[], $2::uuid[]) as input (account_id, charge_id)
+        cross join lateral (
+            select *, charges.ctid::text as id from charges
+            where charges.account_id = input.account_id
+              and charges.charge_id = input.charge_id
+            limit 1
+            for update
+        ) as charge
         "#,
-        account_id.0,
-        // One condition for both cases, so that the index always does the work.
-        after.map_or(Uuid::max(), |id| id.0),
-        limit,
-    )
-    .fetch_all(executor)
-    .await?
-    .into_iter()
-    .map(Charge::try_from)
-    .collect()
+        &ids.iter().map(|id| id.0.0).collect::<Vec<_>>(),
+        &ids.iter().map(|id| id.1.0).collect::<Vec<_>>(),
+    );
+    let mut locked = HashMap::new();
+    for row in conn.fetch_all(Unprepared(query)).await? {
+        let found = Found::from_row(&row)?;
+        let charge = Charge::try_from(found.row)?;
+        let key = (AccountId(found.account_id), charge.id);
+        locked.insert(
+            key,
+            Locked {
+                charge,
+                row: found.id,
+            },
+        );
+    }
+    Ok(locked)
+}
+
+/// Writes what has changed of charges that this transaction has locked.
+///
+/// # Errors
+/// What the database said.
+pub async fn save(conn: &mut PgConnection, changed: &[&Locked]) -> Result<(), sqlx::Error> {
+    let charges = || changed.iter().map(|locked| &locked.charge);
+    let query = sqlx::query!(
+        r#"
+        update charges set
+            amount_captured = input.amount_captured,
+            amount_refunded = input.amount_refunded,
+            description = input.description,
+            metadata = input.metadata::jsonb
+        from unnest($1::text[], $2::int8[], $3::int8[], $4::text[], $5::text[])
+            as input (id, amount_captured, amount_refunded, description, metadata)
+        where charges.ctid = input.id::tid
+        "#,
+        &changed
+            .iter()
+            .map(|locked| &*locked.row)
+            .collect::<Vec<_>>() as &[&str],
+        &charges().map(|c| c.amount_captured).collect::<Vec<_>>(),
+        &charges().map(|c| c.amount_refunded).collect::<Vec<_>>(),
+        &charges()
+            .map(|c| c.request.description.as_deref())
+            .collect::<Vec<_>>() as &[Option<&str>],
+        &charges()
+            .map(|c| metadata_text(&c.request.metadata))
+            .collect::<Vec<_>>(),
+    );
+    let saved = query.execute(conn).await?;
+    if usize::try_from(saved.rows_affected()) != Ok(changed.len()) {
+        return Err(sqlx::Error::RowNotFound);
+    }
+    Ok(())
 }

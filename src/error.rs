@@ -9,6 +9,7 @@ use serde::Serialize;
 use tracing::Level;
 
 use crate::{
+    charges::Refusal,
     db::Trouble,
     idempotency::MalformedKey,
     ids::{ChargeId, RequestId},
@@ -34,8 +35,24 @@ pub enum Error {
     KeyInvalid(MalformedKey),
     /// A parameter or the body as a whole is wrong.
     Parameter(BadParameter),
-    /// The key belongs to another request.
-    KeyReused,
+    /// The key belongs to another request, which differs in these fields, if that
+    /// is known.
+    KeyReused(Option<Vec<String>>),
+    /// The same, for a client that speaks as Stripe's SDKs do: they raise their
+    /// `IdempotencyError` for 400 alone.
+    KeyReusedAsStripe(Option<Vec<String>>),
+    /// The charge's state does not allow it. An outcome, not a fault: it is stored.
+    ChargeRefuses {
+        /// Why.
+        refusal: Refusal,
+        /// Which.
+        charge: ChargeId,
+    },
+    /// More requests of the account than its limit allows.
+    RateLimited {
+        /// After which pause the next one is let through, in seconds.
+        retry_after: u64,
+    },
     /// The key's first request still runs after the wait.
     KeyInUse,
     /// A request that was made before, where a rule says that it is not
@@ -149,6 +166,14 @@ impl Entry {
             same_key: false,
             new_key: false,
             level: Level::DEBUG,
+        }
+    }
+
+    /// What a charge's state does not allow: final under its key.
+    const fn outcome(code: &'static str, title: &'static str, advice: &'static str) -> Self {
+        Self {
+            new_key: true,
+            ..Self::refusal(code, 400, INVALID, title, advice)
         }
     }
 
@@ -328,6 +353,49 @@ pub const CATALOGUE: &[Entry] = &[
         "There is no such resource",
         "Check the id, and that it belongs to the account of the API key.",
     ),
+    Entry::outcome(
+        "charge_already_captured",
+        "The charge was captured already",
+        "A charge is captured once. Nothing is left to do, unless another amount was meant: the rest was released.",
+    ),
+    Entry::outcome(
+        "charge_already_refunded",
+        "The charge was refunded already",
+        "Nothing of it is left.",
+    ),
+    Entry::outcome(
+        "amount_too_large",
+        "The amount is larger than what is left",
+        "Ask for what is left at most, under a new key.",
+    ),
+    Entry::outcome(
+        "charge_not_captured",
+        "A part of an uncaptured charge cannot be refunded",
+        "Capture the smaller amount, or refund it in full, which cancels it.",
+    ),
+    Entry::outcome(
+        "charge_not_capturable",
+        "The charge did not succeed, and cannot be captured",
+        "Its failure_code says why it failed.",
+    ),
+    Entry::outcome(
+        "charge_not_refundable",
+        "The charge did not succeed, and cannot be refunded",
+        "No money was taken.",
+    ),
+    Entry::outcome(
+        "metadata_full",
+        "The charge has as much metadata as it can hold",
+        "A charge holds 50 names. Remove some by giving them an empty text.",
+    ),
+    Entry::retryable(
+        "rate_limited",
+        429,
+        "rate_limit_error",
+        "Too many requests",
+        "Ask again with the same key after the pause that Retry-After gives. Nothing was done.",
+        Level::DEBUG,
+    ),
     Entry::retryable(
         "unavailable",
         503,
@@ -367,7 +435,17 @@ impl Error {
                 ParameterCode::Invalid => "parameter_invalid",
                 ParameterCode::Unreadable => "parameter_unreadable",
             },
-            Self::KeyReused => "idempotency_key_reused",
+            Self::KeyReused(_) | Self::KeyReusedAsStripe(_) => "idempotency_key_reused",
+            Self::RateLimited { .. } => "rate_limited",
+            Self::ChargeRefuses { refusal, .. } => match refusal {
+                Refusal::AlreadyCaptured => "charge_already_captured",
+                Refusal::AlreadyRefunded => "charge_already_refunded",
+                Refusal::AmountTooLarge(_) => "amount_too_large",
+                Refusal::NotCaptured => "charge_not_captured",
+                Refusal::NotCapturable => "charge_not_capturable",
+                Refusal::NotRefundable => "charge_not_refundable",
+                Refusal::MetadataFull => "metadata_full",
+            },
             Self::KeyInUse => "idempotency_key_in_use",
             Self::DuplicateRequest { .. } => "duplicate_request",
             Self::DuplicateCharge(_) => "duplicate_charge",
@@ -394,6 +472,24 @@ impl Error {
             .expect("every code stands in the catalogue")
     }
 
+    /// The HTTP status.
+    #[must_use]
+    pub fn status(&self) -> u16 {
+        match self {
+            Self::KeyReusedAsStripe(_) => 400,
+            _ => self.entry().status,
+        }
+    }
+
+    /// For a client that speaks as Stripe's SDKs do.
+    #[must_use]
+    pub fn as_stripe(self) -> Self {
+        match self {
+            Self::KeyReused(differs) => Self::KeyReusedAsStripe(differs),
+            other => other,
+        }
+    }
+
     /// At which level the event is logged.
     #[must_use]
     pub fn level(&self) -> Level {
@@ -413,6 +509,9 @@ impl Error {
             Self::KeyInvalid(why) => format!("{why}."),
             Self::Parameter(bad) => bad.message.clone(),
             Self::Declined { decline, .. } => decline.message.clone(),
+            Self::ChargeRefuses { refusal: Refusal::AmountTooLarge(left), .. } => {
+                format!("The amount is larger than what is left, which is {left}.")
+            }
             Self::Unavailable(Unavailable::QueueFull) => "Too many requests are waiting.".to_owned(),
             Self::Unavailable(Unavailable::BodyLate) => "The body did not arrive in time.".to_owned(),
             Self::Unavailable(Unavailable::HandlerLate) => "The request took too long.".to_owned(),
@@ -437,17 +536,23 @@ impl Error {
         let (decline_code, charge) = match self {
             Self::Declined { decline, charge } => (decline.decline_code.as_deref(), Some(*charge)),
             Self::DuplicateRequest { charge, .. } => (None, *charge),
-            Self::DuplicateCharge(charge) => (None, Some(*charge)),
+            Self::DuplicateCharge(charge) | Self::ChargeRefuses { charge, .. } => {
+                (None, Some(*charge))
+            }
             _ => (None, None),
         };
         let problem = Problem {
             r#type: &page,
             title: entry.title,
-            status: entry.status,
+            status: self.status(),
             detail: &detail,
             instance: request_id,
             original_request_id: match self {
                 Self::DuplicateRequest { original, .. } => Some(*original),
+                _ => None,
+            },
+            differs: match self {
+                Self::KeyReused(differs) | Self::KeyReusedAsStripe(differs) => differs.as_deref(),
                 _ => None,
             },
             retry: Retry {
@@ -461,6 +566,11 @@ impl Error {
                 param: match self {
                     Self::Parameter(bad) => bad.param.as_deref(),
                     Self::ResourceMissing { param } => *param,
+                    Self::ChargeRefuses { refusal, .. } => match refusal {
+                        Refusal::AmountTooLarge(_) | Refusal::NotCaptured => Some("amount"),
+                        Refusal::MetadataFull => Some("metadata"),
+                        _ => None,
+                    },
                     _ => None,
                 },
                 decline_code,
@@ -502,6 +612,8 @@ struct Problem<'a> {
     instance: RequestId,
     #[serde(skip_serializing_if = "Option::is_none")]
     original_request_id: Option<RequestId>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    differs: Option<&'a [String]>,
     retry: Retry,
     error: StripeError<'a>,
 }

@@ -5,7 +5,10 @@ mod charges;
 pub mod command;
 pub mod exchange;
 mod health;
+mod keys;
+mod page;
 pub mod params;
+mod refunds;
 
 use std::time::Duration;
 
@@ -15,7 +18,7 @@ use axum::{
     http::{StatusCode, header},
     middleware::from_fn,
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{get, post},
 };
 use sqlx::PgPool;
 use tower_http::catch_panic::CatchPanicLayer;
@@ -73,7 +76,14 @@ pub enum DuplicateGuard {
 pub fn router(app: App) -> Router {
     Router::new()
         .route("/v1/charges", get(charges::list).post(charges::create))
-        .route("/v1/charges/{id}", get(charges::retrieve))
+        .route(
+            "/v1/charges/{id}",
+            get(charges::retrieve).post(charges::update),
+        )
+        .route("/v1/charges/{id}/capture", post(charges::capture))
+        .route("/v1/refunds", get(refunds::list).post(refunds::create))
+        .route("/v1/refunds/{id}", get(refunds::retrieve))
+        .route("/v1/idempotency_keys/{key}", get(keys::retrieve))
         .route("/healthz", get(health::live))
         .route("/readyz", get(health::ready))
         .merge(error_pages())

@@ -26,7 +26,7 @@ mod policy;
 pub mod purge;
 pub mod store;
 
-pub use fingerprint::Fingerprint;
+pub use fingerprint::{FieldDigests, Fingerprint};
 pub use key::{KEY_MAX, Key, MalformedKey};
 pub use policy::{Change, Duplicate, Rule, Rules, Scenario};
 

@@ -85,6 +85,11 @@ id!(
     "ch"
 );
 id!(
+    /// A refund of a charge.
+    RefundId,
+    "re"
+);
+id!(
     /// One HTTP exchange; a replay has one of its own.
     RequestId,
     "req"
@@ -94,12 +99,32 @@ impl ChargeId {
     /// When it was given out, by the service's clock, to the second.
     #[must_use]
     pub fn created_at(self) -> DateTime<Utc> {
-        self.0
-            .get_timestamp()
-            .and_then(|at| i64::try_from(at.to_unix().0).ok())
-            .and_then(|seconds| DateTime::from_timestamp(seconds, 0))
-            .unwrap_or_default()
+        created_at(self.0)
     }
+}
+
+impl RefundId {
+    /// When it was given out, by the service's clock, to the second.
+    #[must_use]
+    pub fn created_at(self) -> DateTime<Utc> {
+        created_at(self.0)
+    }
+}
+
+fn created_at(id: Uuid) -> DateTime<Utc> {
+    id.get_timestamp()
+        .and_then(|at| i64::try_from(at.to_unix().0).ok())
+        .and_then(|seconds| DateTime::from_timestamp(seconds, 0))
+        .unwrap_or_default()
+}
+
+/// The smallest of all ids that are given out from this second on; ids sort by
+/// their time, so it divides the earlier from the later ones.
+#[must_use]
+pub fn first_of(unix_seconds: u64) -> Uuid {
+    // 48 bits of milliseconds; beyond them every id is earlier.
+    let milliseconds = unix_seconds.saturating_mul(1000).min((1 << 48) - 1);
+    Uuid::from_u128(u128::from(milliseconds) << 80)
 }
 
 #[cfg(test)]

@@ -382,6 +382,7 @@ impl Settings {
         let row = key.as_ref().map(|(scope, fingerprint)| NewRow {
             scope,
             fingerprint: *fingerprint,
+            digests: None,
             operation_id,
             request_id: id,
             answer: None,
@@ -505,7 +506,7 @@ impl Settings {
         let ours = row.map(|row| row.fingerprint);
         if ours != Some(found.fingerprint) {
             return Err(if found.fingerprint.is_comparable() {
-                Error::KeyReused
+                Error::KeyReused(None)
             } else {
                 Error::Unavailable(Unavailable::NewerRelease)
             });

@@ -13,14 +13,15 @@
 //! | [`http`] | bytes to commands, answers to bytes |
 //! | [`writer`] | takes commands, writes them many to a transaction, answers after COMMIT |
 //! | [`keys`] | builds idempotency keys, for those who ask |
-//! | [`charges`], [`accounts`], [`idempotency`] | the words of the domain, and the SQL of their tables |
+//! | [`charges`], [`changes`], [`refunds`], [`accounts`], [`idempotency`] | the words of the domain, and the SQL of their tables |
 //! | [`processor`] | what moves the money |
 //! | [`db`] | how to reach PostgreSQL, and what its errors mean |
-//! | [`error`], [`ids`], [`money`] | values that all of them share |
+//! | [`error`], [`ids`], [`money`], [`page`] | values that all of them share |
 //!
 //! `ARCHITECTURE.md` follows one charge through them.
 
 pub mod accounts;
+pub mod changes;
 pub mod charges;
 pub mod cli;
 pub mod client;
@@ -33,7 +34,9 @@ pub mod ids;
 pub mod keys;
 pub mod layer;
 pub mod money;
+pub mod page;
 pub mod processor;
+pub mod refunds;
 pub mod serve;
 pub mod storm;
 pub mod writer;

@@ -23,6 +23,11 @@
 //! | 14 | put the answers of those charges in their rows (`store::answer`) | likewise |
 //! | 15 | `commit` | always |
 //!
+//! Changes of charges (captures, refunds, updates) go the general way, between
+//! the same `begin` and `commit`: claim the keys; lock the charges; save them;
+//! insert refunds; store the answers. Six trips for a batch of captures, seven
+//! with refunds.
+//!
 //! Fresh charges take three trips (four with the guard), replays four, whatever
 //! the size of the batch. Nothing else happens while the transaction is open.
 //!
@@ -78,6 +83,7 @@
 //! end of a channel, and nothing else changes.
 
 mod batch;
+mod change;
 
 use std::{
     collections::{HashMap, hash_map::Entry},
@@ -91,12 +97,14 @@ use tokio::{
     time::{Instant, timeout, timeout_at},
 };
 use tracing::error;
+use uuid::Uuid;
 
 use crate::{
+    changes::ChangeCharge,
     charges::CreateCharge,
     db::Server,
     error::{Error, Unavailable},
-    idempotency::{Answer, Duplicate, Fingerprint, Scope},
+    idempotency::{Answer, Duplicate, FieldDigests, Fingerprint, Rule, Scope},
     ids::{ChargeId, RequestId},
 };
 
@@ -134,6 +142,39 @@ struct Shared {
     waiting: Mutex<HashMap<Scope, Vec<oneshot::Sender<Verdict>>>>,
 }
 
+/// What the writer does.
+#[derive(Debug, Clone)]
+pub enum Command {
+    /// A new charge.
+    CreateCharge(Box<CreateCharge>),
+    /// Something becomes of one that is there.
+    ChangeCharge(Box<ChangeCharge>),
+}
+
+macro_rules! of_both {
+    ($(#[$doc:meta])* $name:ident: $type:ty = $command:ident => $create:expr, $change:expr) => {
+        $(#[$doc])*
+        fn $name(&self) -> $type {
+            match self {
+                Self::CreateCharge($command) => $create,
+                Self::ChangeCharge($command) => $change,
+            }
+        }
+    };
+}
+
+impl Command {
+    of_both!(scope: &Scope = command => &command.scope, &command.scope);
+    of_both!(fingerprint: Fingerprint = command => command.fingerprint, command.fingerprint);
+    of_both!(digests: &FieldDigests = command => &command.digests, &command.digests);
+    of_both!(rule: Rule = command => command.rule, command.rule);
+    of_both!(charge_id: ChargeId = command => command.charge.id, command.charge_id);
+    of_both!(
+        /// By which its work is found again.
+        operation_id: Uuid = command => command.charge.id.0, command.operation_id
+    );
+}
+
 /// What became of a command, as told to all that wait for its key.
 #[derive(Debug, Clone)]
 enum Verdict {
@@ -141,8 +182,8 @@ enum Verdict {
     Row(Arc<Settled>),
     /// Another replica holds the key, and the wait has passed.
     InUse,
-    /// It looks like this charge, and was not made.
-    Guarded(ChargeId),
+    /// Nothing was done, and the key is free, for this reason.
+    Undone(Error),
     /// The database could not be had in time.
     Unavailable,
     /// The database refuses this command, or we have a bug.
@@ -153,7 +194,8 @@ enum Verdict {
 #[derive(Debug)]
 struct Settled {
     fingerprint: Fingerprint,
-    charge_id: ChargeId,
+    digests: Option<Vec<u8>>,
+    operation_id: Uuid,
     request_id: RequestId,
     answer: Answer,
     /// A charge that this one looks like, if it was just made.
@@ -174,7 +216,7 @@ pub struct Reply {
 /// A command on its way through the queue and the batches.
 #[derive(Debug)]
 struct Job {
-    command: Arc<CreateCharge>,
+    command: Arc<Command>,
     /// Until when a key that somebody else holds is waited for.
     wait_until: Instant,
     deadline: Instant,
@@ -231,7 +273,7 @@ impl Writer {
     /// `deadline`, [`Error::Internal`].
     pub async fn submit(
         &self,
-        command: CreateCharge,
+        command: Command,
         wait: Duration,
         deadline: Instant,
     ) -> Result<Reply, Error> {
@@ -243,9 +285,7 @@ impl Writer {
             match timeout_at(until, verdict).await {
                 Ok(Ok(Verdict::Row(row))) => return row.judge(&command),
                 Ok(Ok(Verdict::InUse)) if leads => return Err(Error::KeyInUse),
-                Ok(Ok(Verdict::Guarded(charge))) if leads => {
-                    return Err(Error::DuplicateCharge(charge));
-                }
+                Ok(Ok(Verdict::Undone(why))) if leads => return Err(why),
                 Ok(Ok(Verdict::Unavailable)) if leads => {
                     return Err(Error::Unavailable(Unavailable::Database));
                 }
@@ -266,13 +306,13 @@ impl Writer {
     /// its command goes into the queue.
     fn enter(
         &self,
-        command: &Arc<CreateCharge>,
+        command: &Arc<Command>,
         wait_until: Instant,
         deadline: Instant,
     ) -> Result<(bool, oneshot::Receiver<Verdict>), Error> {
         let (tell, verdict) = oneshot::channel();
         let mut waiting = self.shared.waiting();
-        match waiting.entry(command.scope.clone()) {
+        match waiting.entry(command.scope().clone()) {
             Entry::Occupied(mut others) => {
                 others.get_mut().push(tell);
                 Ok((false, verdict))
@@ -299,6 +339,12 @@ impl Writer {
                 Ok((true, verdict))
             }
         }
+    }
+
+    /// Whether a command with this key is queued or running here.
+    #[must_use]
+    pub fn is_at(&self, scope: &Scope) -> bool {
+        self.shared.waiting().contains_key(scope)
     }
 
     /// Finishes what was taken, for at most `limit`, and ends the tasks, which
@@ -328,19 +374,23 @@ impl Shared {
 
 impl Settled {
     /// What the row means for whoever sent `command`.
-    fn judge(&self, command: &CreateCharge) -> Result<Reply, Error> {
-        let own = self.charge_id == command.charge.id;
-        if !own && self.fingerprint != command.fingerprint {
+    fn judge(&self, command: &Command) -> Result<Reply, Error> {
+        let own = self.operation_id == command.operation_id();
+        if !own && self.fingerprint != command.fingerprint() {
             return Err(if self.fingerprint.is_comparable() {
-                Error::KeyReused
+                let stored = self.digests.as_deref();
+                Error::KeyReused(stored.and_then(|stored| command.digests().differs(stored)))
             } else {
                 Error::Unavailable(Unavailable::NewerRelease)
             });
         }
-        match command.rule.duplicate {
+        match command.rule().duplicate {
             Duplicate::Refuse if !own => Err(Error::DuplicateRequest {
                 original: self.request_id,
-                charge: Some(self.charge_id),
+                charge: Some(match command {
+                    Command::CreateCharge(_) => ChargeId(self.operation_id),
+                    Command::ChangeCharge(change) => change.charge_id,
+                }),
             }),
             _ => Ok(Reply {
                 answer: self.answer.clone(),
@@ -380,7 +430,7 @@ impl Job {
     fn release(&self) -> Vec<oneshot::Sender<Verdict>> {
         self.shared
             .waiting()
-            .remove(&self.command.scope)
+            .remove(self.command.scope())
             .unwrap_or_default()
     }
 }
@@ -410,7 +460,7 @@ mod tests {
         processor::Outcome,
     };
 
-    fn command() -> CreateCharge {
+    fn command() -> Command {
         let request = ChargeRequest {
             amount: Amount::new(5000).unwrap(),
             currency: Currency::from_code("usd").unwrap(),
@@ -421,8 +471,10 @@ mod tests {
             capture: true,
         };
         let fingerprint = Fingerprint::new("POST", "/v1/charges", &request);
+        let digests = FieldDigests::new("POST", "/v1/charges", &request);
         let charge = Charge::decided(request, Outcome::Approved, RequestId::new());
-        CreateCharge {
+        let command = CreateCharge {
+            digests,
             scope: Scope {
                 account_id: AccountId::new(),
                 key: Key::from_header(b"order_1").unwrap(),
@@ -433,7 +485,8 @@ mod tests {
             guard: None,
             answer: charge.answer(),
             charge,
-        }
+        };
+        Command::CreateCharge(Box::new(command))
     }
 
     /// Between a verdict and the end of its job the key may have got a new
@@ -457,9 +510,9 @@ mod tests {
         };
         let (tell, mut verdict) = oneshot::channel();
         let waiting = || writer.shared.waiting();
-        waiting().insert(command.scope.clone(), vec![tell]);
+        waiting().insert(command.scope().clone(), vec![tell]);
         drop(job(true));
-        assert!(waiting().contains_key(&command.scope));
+        assert!(waiting().contains_key(command.scope()));
         // And one that is lost before its verdict leaves nobody waiting.
         drop(job(false));
         assert!(waiting().is_empty());

@@ -3,7 +3,11 @@
 use std::time::Duration;
 
 use futures::future::join_all;
-use payonce::{error::Error, idempotency::Fingerprint};
+use payonce::{
+    error::Error,
+    idempotency::{FieldDigests, Fingerprint},
+    writer::Command,
+};
 use serde_json::json;
 use sqlx::PgPool;
 use tokio::time::Instant;
@@ -98,15 +102,18 @@ async fn another_path_under_the_same_key_is_refused(pool: PgPool) {
     let submit = async |path: &str| {
         let mut command = command(service.account_id, "order_1");
         command.fingerprint = Fingerprint::new("POST", path, &command.charge.request);
+        command.digests = FieldDigests::new("POST", path, &command.charge.request);
         let wait = Duration::from_secs(2);
         let deadline = Instant::now() + Duration::from_secs(10);
+        let command = Command::CreateCharge(Box::new(command));
         service.app.writer.submit(command, wait, deadline).await
     };
     let first = submit("/v1/charges").await.unwrap();
     let replay = submit("/v1/charges").await.unwrap();
     assert!(replay.replayed && !first.replayed);
     assert_eq!(replay.answer, first.answer);
-    assert_eq!(submit("/v1/other").await, Err(Error::KeyReused));
+    let elsewhere = Some(vec!["path".to_owned()]);
+    assert_eq!(submit("/v1/other").await, Err(Error::KeyReused(elsewhere)));
 }
 
 /// A row of a newer release can be neither replayed nor refused by this one.

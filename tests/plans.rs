@@ -1,16 +1,22 @@
 //! No statement of the service reads a table from end to end, although all of
 //! them were planned while the tables were empty and keep their plans.
 
-use std::time::Duration;
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use payonce::{
     accounts,
     charges::{self, CreateCharge},
     db::Server,
     idempotency::store,
-    ids::{AccountId, ChargeId},
+    ids::{AccountId, ChargeId, RefundId, RequestId},
+    money::{Amount, Currency},
+    page::{From, Page},
+    refunds::{self, Refund},
 };
-use sqlx::{Connection, PgConnection, PgPool, Postgres, pool::PoolConnection};
+use sqlx::{Connection, PgConnection, PgPool, Postgres, pool::PoolConnection, types::Uuid};
 
 use crate::support::command;
 
@@ -38,23 +44,41 @@ enum Statement {
     ClaimAndAnswer,
     Withdraw,
     ByKey,
+    LockAndSave,
+    RefundsByKey,
+    InsertRefunds,
     Find,
     List,
+    ListOfCustomer,
+    ListBackwards,
+    ListRefunds,
+    ListRefundsOfCharge,
+    OfKey,
+    RefundOfKey,
     Authenticate,
     Purge,
 }
 
 /// Those that insert come last: a row that was rolled back leaves a page, and a
 /// table without any is the worst case for a plan.
-const ALL: [Statement; 10] = [
+const ALL: [Statement; 19] = [
     Statement::Read,
     Statement::FreeExpired,
     Statement::ByKey,
     Statement::Find,
     Statement::List,
+    Statement::ListOfCustomer,
+    Statement::ListBackwards,
+    Statement::ListRefunds,
+    Statement::ListRefundsOfCharge,
+    Statement::OfKey,
+    Statement::RefundOfKey,
+    Statement::LockAndSave,
+    Statement::RefundsByKey,
     Statement::Authenticate,
     Statement::Purge,
     Statement::Withdraw,
+    Statement::InsertRefunds,
     Statement::ClaimAndAnswer,
     Statement::ClaimAndInsert,
 ];
@@ -74,6 +98,25 @@ impl Statement {
         let scopes: Vec<_> = commands.iter().map(|command| &command.scope).collect();
         let mut transaction = conn.begin().await.unwrap();
         let tx = &mut *transaction;
+        let there: BTreeSet<_> = sqlx::query_scalar("select charge_id from charges limit $1")
+            .bind(BATCH)
+            .fetch_all(&mut *tx)
+            .await
+            .unwrap()
+            .into_iter()
+            .map(|id| (ACCOUNT, ChargeId(id)))
+            .collect();
+        let middle = Page {
+            limit: 10,
+            from: From::After(Uuid::from_u128(u128::MAX / 2)),
+            oldest: None,
+            newest: None,
+        };
+        let backwards = Page {
+            from: From::Before(Uuid::from_u128(u128::MAX / 2)),
+            ..middle.clone()
+        };
+        let one = there.first().map_or_else(ChargeId::new, |there| there.1);
         let before = rows_read(tx).await;
         match self {
             Self::ClaimAndInsert => {
@@ -95,14 +138,37 @@ impl Statement {
             Self::Find => charges::find(&mut *tx, ACCOUNT, ChargeId::new())
                 .await
                 .map(drop),
-            Self::List => charges::list(
-                &mut *tx,
-                ACCOUNT,
-                Some(ChargeId(sqlx::types::Uuid::from_u128(5))),
-                10,
-            )
-            .await
-            .map(drop),
+            Self::List => charges::list(&mut *tx, ACCOUNT, None, &middle)
+                .await
+                .map(drop),
+            Self::ListBackwards => charges::list(&mut *tx, ACCOUNT, None, &backwards)
+                .await
+                .map(drop),
+            Self::ListOfCustomer => charges::list(&mut *tx, ACCOUNT, Some("cus_7"), &middle)
+                .await
+                .map(drop),
+            Self::ListRefunds => refunds::list(&mut *tx, ACCOUNT, None, &backwards)
+                .await
+                .map(drop),
+            Self::ListRefundsOfCharge => refunds::list(&mut *tx, ACCOUNT, Some(one), &middle)
+                .await
+                .map(drop),
+            Self::OfKey => charges::of_key(&mut *tx, scopes[0]).await.map(drop),
+            Self::RefundOfKey => refunds::of_key(&mut *tx, scopes[0]).await.map(drop),
+            Self::RefundsByKey => refunds::by_key(tx, &scopes).await.map(drop),
+            Self::LockAndSave => {
+                let locked = charges::lock(tx, &there).await.unwrap();
+                charges::save(tx, &locked.values().collect::<Vec<_>>()).await
+            }
+            Self::InsertRefunds => {
+                let refunds: Vec<_> = commands.iter().map(|_| refund(one)).collect();
+                let rows: Vec<refunds::Keyed<'_>> = commands
+                    .iter()
+                    .zip(&refunds)
+                    .map(|(c, refund)| (&c.scope, false, c.fingerprint, refund))
+                    .collect();
+                refunds::insert(tx, &rows).await
+            }
             Self::Authenticate => accounts::authenticate(&mut *tx, [7; 32]).await.map(drop),
             Self::Purge => payonce::idempotency::purge::run_once(&mut *tx, 10)
                 .await
@@ -112,6 +178,18 @@ impl Statement {
         let touched = rows_read(tx).await - before;
         transaction.rollback().await.unwrap();
         touched
+    }
+}
+
+fn refund(charge: ChargeId) -> Refund {
+    Refund {
+        id: RefundId::new(),
+        request_id: RequestId::new(),
+        charge,
+        amount: Amount::new(1).unwrap(),
+        currency: Currency::from_code("usd").unwrap(),
+        reason: None,
+        metadata: BTreeMap::new(),
     }
 }
 
@@ -128,7 +206,7 @@ async fn rows_read(conn: &mut PgConnection) -> i64 {
 impl Planned {
     async fn on_empty_tables(pool: PgPool) -> Self {
         // Vacuumed, so that the planner knows that they are empty.
-        for table in ["idempotency_keys", "charges", "api_keys"] {
+        for table in ["idempotency_keys", "charges", "refunds", "api_keys"] {
             sqlx::query(sqlx::AssertSqlSafe(format!("vacuum analyze {table}")))
                 .execute(&pool)
                 .await
@@ -153,14 +231,15 @@ impl Planned {
     /// Runs it where the service runs it.
     async fn run(&mut self, statement: Statement) -> i64 {
         use Statement::{
-            Authenticate, ByKey, ClaimAndAnswer, ClaimAndInsert, Find, FreeExpired, List, Purge,
-            Read, Withdraw,
+            Authenticate, ByKey, ClaimAndAnswer, ClaimAndInsert, Find, FreeExpired, InsertRefunds,
+            List, ListBackwards, ListOfCustomer, ListRefunds, ListRefundsOfCharge, LockAndSave,
+            OfKey, Purge, Read, RefundOfKey, RefundsByKey, Withdraw,
         };
         match statement {
-            ClaimAndInsert | Read | FreeExpired | ClaimAndAnswer | Withdraw | ByKey => {
-                statement.run(&mut self.writer).await
-            }
-            Find | List | Authenticate | Purge => statement.run(&mut self.reader).await,
+            ClaimAndInsert | Read | FreeExpired | ClaimAndAnswer | Withdraw | ByKey
+            | LockAndSave | RefundsByKey | InsertRefunds => statement.run(&mut self.writer).await,
+            Find | List | ListOfCustomer | ListBackwards | ListRefunds | ListRefundsOfCharge
+            | OfKey | RefundOfKey | Authenticate | Purge => statement.run(&mut self.reader).await,
         }
     }
 
@@ -174,9 +253,18 @@ impl Planned {
                  now() - interval '2 days', now() - interval '1 day'
              from generate_series(1, $2) as i",
             "insert into charges (account_id, charge_id, idempotency_key, request_hash, request_id, amount, currency,
-                 metadata, capture, status, created_at)
+                 metadata, capture, status, created_at, customer)
              select $1, gen_random_uuid(), 'old_' || i, decode(repeat('01', 33), 'hex'), gen_random_uuid(), 5000, 'usd', '{}',
-                 true, 'succeeded', now()
+                 true, 'succeeded', now(), 'cus_' || i % 1000
+             from generate_series(1, $2) as i",
+            "insert into refunds (account_id, refund_id, charge_id, idempotency_key, request_hash, request_id, amount,
+                 currency, metadata, created_at)
+             select $1, gen_random_uuid(), (select charge_id from charges limit 1), 'old_' || i,
+                 decode(repeat('01', 33), 'hex'), gen_random_uuid(), 1, 'usd', '{}', now()
+             from generate_series(1, 100) as i where $2 > 0
+             union all
+             select $1, gen_random_uuid(), gen_random_uuid(), 'older_' || i,
+                 decode(repeat('01', 33), 'hex'), gen_random_uuid(), 1, 'usd', '{}', now()
              from generate_series(1, $2) as i",
         ] {
             sqlx::query(statement).bind(ACCOUNT.0).bind(ROWS).execute(&self.pool).await.unwrap();
@@ -204,10 +292,19 @@ const REMADE: [&str; 3] = [
     "select",
     "alter table charges drop constraint charges_pkey;
      alter table charges add constraint charges_pkey primary key (account_id, charge_id);
+     alter table refunds drop constraint refunds_pkey;
+     alter table refunds add constraint refunds_pkey primary key (account_id, refund_id);
+     drop index charges_customer_idx;
+     create index charges_customer_idx on charges (account_id, customer, charge_id)
+         where customer is not null;
      alter table idempotency_keys drop constraint idempotency_keys_pkey;
      alter table idempotency_keys add constraint idempotency_keys_pkey primary key (account_id, key)",
     "alter table charges drop constraint charges_idempotency_key_key;
      alter table charges add constraint charges_idempotency_key_key unique (account_id, idempotency_key);
+     drop index refunds_charge_id_idx;
+     create index refunds_charge_id_idx on refunds (account_id, charge_id, refund_id);
+     alter table refunds drop constraint refunds_idempotency_key_key;
+     alter table refunds add constraint refunds_idempotency_key_key unique (account_id, idempotency_key);
      drop index idempotency_keys_expires_at_idx;
      create index idempotency_keys_expires_at_idx on idempotency_keys (expires_at)",
 ];
@@ -217,13 +314,14 @@ async fn a_statement_planned_on_empty_tables_uses_the_index_when_they_have_grown
     sqlx::raw_sql(
         "alter table idempotency_keys set (autovacuum_enabled = off);
          alter table charges set (autovacuum_enabled = off);
+         alter table refunds set (autovacuum_enabled = off);
          alter table api_keys set (autovacuum_enabled = off)",
     )
     .execute(&pool)
     .await
     .unwrap();
     for remade in REMADE {
-        sqlx::raw_sql("truncate idempotency_keys, charges, api_keys, accounts")
+        sqlx::raw_sql("truncate idempotency_keys, charges, refunds, api_keys, accounts")
             .execute(&pool)
             .await
             .unwrap();

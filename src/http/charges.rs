@@ -5,8 +5,8 @@ use axum::{
     http::{HeaderMap, HeaderValue, StatusCode, header},
     response::Response,
 };
-use serde::Serialize;
 use tracing::warn;
+use uuid::Uuid;
 
 use super::{
     App, DuplicateGuard,
@@ -14,23 +14,23 @@ use super::{
     command::{Command, FromParams},
     exchange::Exchange,
     json,
+    page::{Asked, list_of},
     params::{Params, missing, not_allowed},
 };
 use crate::{
-    charges::{self, Charge, ChargeRequest, CreateCharge, FindsAnother, Guard},
+    changes::{CaptureRequest, Change, ChangeCharge},
+    charges::{self, Charge, ChargeRequest, ChargeUpdate, CreateCharge, FindsAnother, Guard},
     db,
     error::{BadParameter, Error, ParameterCode},
     ids::ChargeId,
     money::{AMOUNT_MAX, Amount, Currency},
     processor::sandbox,
-    writer::Reply,
+    writer::{self, Reply},
 };
 
 const CUSTOMER_MAX: usize = 255;
 const SOURCE_MAX: usize = 255;
 const DESCRIPTION_MAX: usize = 1000;
-const LIST_LIMIT_MAX: i64 = 100;
-const LIST_LIMIT_DEFAULT: i64 = 10;
 
 impl FromParams for ChargeRequest {
     fn from_params(params: &mut Params) -> Result<Self, BadParameter> {
@@ -59,6 +59,26 @@ impl FromParams for ChargeRequest {
     }
 }
 
+impl FromParams for ChargeUpdate {
+    fn from_params(params: &mut Params) -> Result<Self, BadParameter> {
+        let (metadata, clears_metadata) = params.metadata_update("metadata")?;
+        Ok(Self {
+            description: params.text_or_none("description", DESCRIPTION_MAX)?,
+            metadata,
+            clears_metadata,
+        })
+    }
+}
+
+impl FromParams for CaptureRequest {
+    fn from_params(params: &mut Params) -> Result<Self, BadParameter> {
+        let amount = params.integer("amount", 1, AMOUNT_MAX)?;
+        Ok(Self {
+            amount: amount.and_then(Amount::new),
+        })
+    }
+}
+
 /// `POST /v1/charges`
 pub(super) async fn create(
     State(app): State<App>,
@@ -68,6 +88,7 @@ pub(super) async fn create(
     let Command {
         scope,
         fingerprint,
+        digests,
         rule,
         keyed,
         request,
@@ -94,16 +115,64 @@ pub(super) async fn create(
         guard: finds_another.and_then(|finds| Guard::of(&charge, scope.account_id, window, finds)),
         scope,
         fingerprint,
+        digests,
         rule,
         keyed,
         charge,
         answer,
     };
     let charge_id = command.charge.id;
+    let command = writer::Command::CreateCharge(Box::new(command));
     let reply = app.writer.submit(command, wait, exchange.deadline).await?;
     if let Some(duplicate_of) = reply.duplicate_of {
         warn!(%charge_id, %duplicate_of, "a charge looks like another one, under another key");
     }
+    Ok(answer_with(reply))
+}
+
+/// `POST /v1/charges/{id}`
+pub(super) async fn update(
+    State(app): State<App>,
+    id: Result<Path<String>, PathRejection>,
+    command: Command<ChargeUpdate>,
+) -> Result<Response, Error> {
+    let (command, update) = command.split();
+    change(&app, charge_id(id)?, command, Change::Update(update)).await
+}
+
+/// `POST /v1/charges/{id}/capture`
+pub(super) async fn capture(
+    State(app): State<App>,
+    id: Result<Path<String>, PathRejection>,
+    command: Command<CaptureRequest>,
+) -> Result<Response, Error> {
+    let (command, request) = command.split();
+    change(&app, charge_id(id)?, command, Change::Capture(request)).await
+}
+
+/// Has a change done, and answers with what it came to.
+pub(super) async fn change(
+    app: &App,
+    charge_id: ChargeId,
+    command: Command<()>,
+    change: Change,
+) -> Result<Response, Error> {
+    let change = ChangeCharge {
+        scope: command.scope,
+        fingerprint: command.fingerprint,
+        digests: command.digests,
+        rule: command.rule,
+        keyed: command.keyed,
+        operation_id: Uuid::now_v7(),
+        request_id: command.exchange.id,
+        charge_id,
+        change,
+    };
+    let submitted = writer::Command::ChangeCharge(Box::new(change));
+    let reply = app
+        .writer
+        .submit(submitted, command.wait, command.exchange.deadline)
+        .await?;
     Ok(answer_with(reply))
 }
 
@@ -116,12 +185,17 @@ pub(super) async fn retrieve(
     RawQuery(query): RawQuery,
 ) -> Result<Response, Error> {
     Params::from_form(query.unwrap_or_default().as_bytes())?.finish()?;
+    let id = charge_id(id)?;
     let missing = Error::ResourceMissing { param: None };
-    // A path that is not UTF-8 names no charge.
-    let Path(id) = id.map_err(|_| missing.clone())?;
-    let id: ChargeId = id.parse().map_err(|_| missing.clone())?;
     let charge = find(&app, exchange, caller, id).await?.ok_or(missing)?;
     Ok(json(StatusCode::OK, charge.to_json()))
+}
+
+/// From a path; one that is malformed, or not UTF-8, names no charge.
+fn charge_id(id: Result<Path<String>, PathRejection>) -> Result<ChargeId, Error> {
+    id.ok()
+        .and_then(|Path(id)| id.parse().ok())
+        .ok_or(Error::ResourceMissing { param: None })
 }
 
 /// `GET /v1/charges`
@@ -132,48 +206,23 @@ pub(super) async fn list(
     RawQuery(query): RawQuery,
 ) -> Result<Response, Error> {
     let mut params = Params::from_form(query.unwrap_or_default().as_bytes())?;
-    let limit = params
-        .integer("limit", 1, LIST_LIMIT_MAX)?
-        .unwrap_or(LIST_LIMIT_DEFAULT);
-    let after = params.text("starting_after", 255)?;
+    let customer = params.text("customer", CUSTOMER_MAX)?;
+    let asked = Asked::<ChargeId>::take(&mut params)?;
     params.finish()?;
-
-    let after = match after {
-        None => None,
-        Some(id) => {
-            let missing = Error::ResourceMissing {
-                param: Some("starting_after"),
-            };
-            let id: ChargeId = id.parse().map_err(|_| missing.clone())?;
-            find(&app, exchange, caller, id).await?.ok_or(missing)?;
-            Some(id)
-        }
-    };
-    // One more than asked for tells whether there are more.
-    let mut charges = db::read(exchange.deadline, || {
-        charges::list(&app.pool, caller.account_id, after, limit + 1)
+    let there = |id| find(&app, exchange, caller, id);
+    let page = asked
+        .page(async |id| Ok(there(id).await?.map(|charge| charge.id.0)))
+        .await?;
+    let rows = db::read(exchange.deadline, || {
+        charges::list(&app.pool, caller.account_id, customer.as_deref(), &page)
     })
     .await?;
-    let asked = usize::try_from(limit).unwrap_or(usize::MAX);
-    let has_more = charges.len() > asked;
-    charges.truncate(asked);
-    let list = List {
-        object: "list",
-        url: "/v1/charges",
+    let (charges, has_more) = page.of(rows);
+    Ok(list_of(
+        "/v1/charges",
         has_more,
-        data: charges.iter().map(Charge::wire).collect(),
-    };
-    let body = serde_json::to_string(&list).map_err(|_| Error::Internal)?;
-    Ok(json(StatusCode::OK, body))
-}
-
-/// Stripe's list object. Its clients page by `url`.
-#[derive(Serialize)]
-struct List<T> {
-    object: &'static str,
-    url: &'static str,
-    has_more: bool,
-    data: Vec<T>,
+        charges.iter().map(Charge::wire),
+    ))
 }
 
 async fn find(

@@ -14,7 +14,7 @@ use tokio::time::{Instant, timeout_at};
 use super::{App, Keyless, caller::Caller, exchange::Exchange, params::Params};
 use crate::{
     error::{BadParameter, Error, ParameterCode, Unavailable},
-    idempotency::{Fingerprint, Key, Rule, Scenario, Scope},
+    idempotency::{FieldDigests, Fingerprint, Key, Rule, Scenario, Scope},
 };
 
 /// The largest body, in bytes.
@@ -39,6 +39,8 @@ pub struct Command<T> {
     pub scope: Scope,
     /// Of method, path and request.
     pub fingerprint: Fingerprint,
+    /// Of its fields.
+    pub digests: FieldDigests,
     /// How long the key is kept, and what a duplicate gets.
     pub rule: Rule,
     /// Whether the key came with the request, or was made of its content.
@@ -49,6 +51,23 @@ pub struct Command<T> {
     pub wait: Duration,
     /// In which it was asked for.
     pub exchange: Exchange,
+}
+
+impl<T> Command<T> {
+    /// What is asked for, and all that is around it.
+    pub fn split(self) -> (Command<()>, T) {
+        let around = Command {
+            scope: self.scope,
+            fingerprint: self.fingerprint,
+            digests: self.digests,
+            rule: self.rule,
+            keyed: self.keyed,
+            request: (),
+            wait: self.wait,
+            exchange: self.exchange,
+        };
+        (around, self.request)
+    }
 }
 
 impl<T: FromParams> FromRequest<App> for Command<T> {
@@ -77,7 +96,8 @@ impl<T: FromParams> FromRequest<App> for Command<T> {
         };
         let typed = T::from_params(&mut params)?;
         params.finish()?;
-        let fingerprint = Fingerprint::new(parts.method.as_str(), parts.uri.path(), &typed);
+        let (method, path) = (parts.method.as_str(), parts.uri.path());
+        let fingerprint = Fingerprint::new(method, path, &typed);
         let keyed = key.is_some();
         let key = key.unwrap_or_else(|| Key::internal("keyless", fingerprint.as_bytes()));
         let scenario = if keyed {
@@ -86,6 +106,7 @@ impl<T: FromParams> FromRequest<App> for Command<T> {
             Scenario::Keyless
         };
         Ok(Self {
+            digests: FieldDigests::new(method, path, &typed),
             fingerprint,
             scope: Scope { account_id, key },
             rule: app.rules.of(scenario),

@@ -55,11 +55,17 @@ pub(super) async fn track(mut request: Request, next: Next) -> Response {
     let id = exchange.id;
     let started = Instant::now();
     let method = request.method().clone();
+    let as_stripe = request.headers().contains_key("stripe-version");
     request.extensions_mut().insert(exchange);
 
     let mut response = next.run(request).await;
-    if let Some(error) = response.extensions_mut().remove::<Error>() {
-        let (code, status) = (error.code(), error.entry().status);
+    if let Some(mut error) = response.extensions_mut().remove::<Error>() {
+        if as_stripe {
+            error = error.as_stripe();
+        }
+        let (code, status) = (error.code(), error.status());
+        *response.status_mut() =
+            StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         match error.level() {
             Level::ERROR => error!(request_id = %id, code, status, "request failed"),
             Level::WARN => warn!(request_id = %id, code, status, "request failed"),
@@ -91,7 +97,7 @@ pub(crate) fn respond(error: &Error, id: RequestId) -> Response {
 impl IntoResponse for Error {
     /// Status and headers; `track` writes the body, since it knows the id.
     fn into_response(self) -> Response {
-        let status = self.entry().status;
+        let status = self.status();
         let mut response = StatusCode::from_u16(status)
             .unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
             .into_response();
@@ -105,7 +111,9 @@ impl IntoResponse for Error {
             "stripe-should-retry",
             HeaderValue::from_static(should_retry),
         );
-        if self.should_retry() && matches!(status, 409 | 503) {
+        if let Self::RateLimited { retry_after } = self {
+            headers.insert(header::RETRY_AFTER, HeaderValue::from(retry_after));
+        } else if self.should_retry() && matches!(status, 409 | 503) {
             headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         if status == 401 {

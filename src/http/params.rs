@@ -14,6 +14,7 @@ use serde::{
     de::{MapAccess, SeqAccess, Visitor},
 };
 
+use crate::charges::METADATA_ENTRIES_MAX;
 use crate::error::{BadParameter, ParameterCode};
 
 /// How a value was written, and so what it may mean: a form knows texts only,
@@ -32,6 +33,15 @@ enum Value {
 /// What a request gave, by name, as far as nobody took it yet.
 #[derive(Debug)]
 pub struct Params(Vec<(String, Value)>);
+
+/// A parameter that may have parameters inside.
+#[derive(Debug)]
+pub enum Nested {
+    /// It has them, by their names in brackets.
+    Map(Params),
+    /// It is a value itself.
+    Value(Params),
+}
 
 fn bad(code: ParameterCode, param: &str, message: String) -> BadParameter {
     BadParameter {
@@ -179,6 +189,15 @@ impl Params {
             .transpose()
     }
 
+    /// The same, or an empty one, which says that there is to be none.
+    ///
+    /// # Errors
+    /// If it is there and is none.
+    pub fn text_or_none(&mut self, name: &str, max: usize) -> Result<Option<String>, BadParameter> {
+        let value = self.take(name);
+        value.map(|value| text(name, value, max)).transpose()
+    }
+
     /// Stripe's metadata: at most 50 names of up to 40 characters without
     /// brackets, each with a text of up to 500. An empty text is how Stripe's
     /// clients say "not there", and so is an empty text for the whole.
@@ -186,10 +205,24 @@ impl Params {
     /// # Errors
     /// If it is anything else.
     pub fn metadata(&mut self, name: &str) -> Result<BTreeMap<String, String>, BadParameter> {
+        let (mut metadata, _) = self.metadata_update(name)?;
+        metadata.retain(|_, text| !text.is_empty());
+        Ok(metadata)
+    }
+
+    /// Metadata that changes what there is: names with their new texts, empty
+    /// where the name is to go; and whether all that there was is to go.
+    ///
+    /// # Errors
+    /// As [`metadata`](Self::metadata).
+    pub fn metadata_update(
+        &mut self,
+        name: &str,
+    ) -> Result<(BTreeMap<String, String>, bool), BadParameter> {
         let entries = match self.take(name) {
-            None => return Ok(BTreeMap::new()),
+            None => return Ok((BTreeMap::new(), false)),
             Some(Value::Text(text) | Value::FormText(text)) if text.is_empty() => {
-                return Ok(BTreeMap::new());
+                return Ok((BTreeMap::new(), true));
             }
             Some(Value::Map(entries)) => entries,
             Some(_) => {
@@ -215,22 +248,39 @@ impl Params {
                     ),
                 ));
             }
-            if value == Value::Null {
-                continue;
-            }
-            let text = text(&param, value, METADATA_VALUE_MAX)?;
-            if !text.is_empty() {
-                metadata.insert(key, text);
-            }
+            let text = match value {
+                Value::Null => String::new(),
+                value => text(&param, value, METADATA_VALUE_MAX)?,
+            };
+            metadata.insert(key, text);
         }
-        if metadata.len() > METADATA_ENTRIES_MAX {
+        if metadata.values().filter(|text| !text.is_empty()).count() > METADATA_ENTRIES_MAX {
             return Err(bad(
                 ParameterCode::Invalid,
                 name,
                 format!("{name} may hold {METADATA_ENTRIES_MAX} names at most."),
             ));
         }
-        Ok(metadata)
+        Ok((metadata, false))
+    }
+
+    /// What is inside of `name`: its brackets `name[…]`, or its JSON object, as
+    /// parameters of their own; or its text, where it is one.
+    ///
+    /// # Errors
+    /// If it is there and is neither.
+    pub fn nested(&mut self, name: &str) -> Result<Option<Nested>, BadParameter> {
+        match self.take(name) {
+            None => Ok(None),
+            Some(Value::Map(entries)) => {
+                let named = entries
+                    .into_iter()
+                    .map(|(inner, value)| (format!("{name}[{inner}]"), value))
+                    .collect();
+                Ok(Some(Nested::Map(Self(named))))
+            }
+            Some(value) => Ok(Some(Nested::Value(Self(vec![(name.to_owned(), value)])))),
+        }
     }
 
     /// Refuses what nobody took.
@@ -249,7 +299,6 @@ impl Params {
     }
 }
 
-const METADATA_ENTRIES_MAX: usize = 50;
 const METADATA_KEY_MAX: usize = 40;
 const METADATA_VALUE_MAX: usize = 500;
 

@@ -70,6 +70,80 @@ impl Fingerprint {
     }
 }
 
+/// A digest per field of a request, to tell somebody who uses a key again what
+/// differs from the first time, without keeping what it was.
+///
+/// One byte of version, four of the digest of method and path, then six for each
+/// field, in the order of their names. They are compared only where all of that
+/// has the same form, so a release that adds a field says nothing of older rows.
+#[derive(Clone, PartialEq, Eq)]
+pub struct FieldDigests {
+    names: Vec<String>,
+    bytes: Vec<u8>,
+}
+
+const OF_PATH: std::ops::Range<usize> = 1..5;
+const FIELD_LEN: usize = 6;
+
+impl FieldDigests {
+    /// Of a request to `method` and `path`, by the fields of its outermost object.
+    ///
+    /// # Panics
+    /// As [`Fingerprint::new`].
+    pub fn new(method: &str, path: &str, request: &impl Serialize) -> Self {
+        let fields = match serde_json::to_value(request) {
+            Ok(serde_json::Value::Object(fields)) => fields,
+            _ => serde_json::Map::new(),
+        };
+        let mut bytes = vec![VERSION];
+        let place = Sha256::digest(format!("{method}\n{path}"));
+        bytes.extend(&place[..OF_PATH.len()]);
+        let mut names: Vec<_> = fields.keys().cloned().collect();
+        names.sort_unstable();
+        for name in &names {
+            let value = serde_json_canonicalizer::to_vec(&fields[name])
+                .expect("a value is plain data and always has a canonical form");
+            let mut hash = Sha256::new();
+            hash.update((name.len() as u64).to_be_bytes());
+            hash.update(name.as_bytes());
+            hash.update(&value);
+            bytes.extend(&hash.finalize()[..FIELD_LEN]);
+        }
+        Self { names, bytes }
+    }
+
+    /// For the `field_digests` column.
+    #[must_use]
+    pub fn as_bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// The names of the fields that differ from those of a column; `path` alone
+    /// where it is another operation. `None` where the two cannot be compared.
+    #[must_use]
+    pub fn differs(&self, stored: &[u8]) -> Option<Vec<String>> {
+        if stored.first() != self.bytes.first() {
+            return None;
+        }
+        if stored.get(OF_PATH) != self.bytes.get(OF_PATH) {
+            return Some(vec!["path".to_owned()]);
+        }
+        if stored.len() != self.bytes.len() {
+            return None;
+        }
+        let (ours, theirs) = (&self.bytes[OF_PATH.end..], &stored[OF_PATH.end..]);
+        let pairs = ours.chunks(FIELD_LEN).zip(theirs.chunks(FIELD_LEN));
+        let differing = self.names.iter().zip(pairs).filter(|(_, (a, b))| a != b);
+        Some(differing.map(|(name, _)| name.clone()).collect())
+    }
+}
+
+impl fmt::Debug for FieldDigests {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "FieldDigests({} fields)", self.names.len())
+    }
+}
+
 impl fmt::Debug for Fingerprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Fingerprint(v{})", self.0[0])
@@ -135,6 +209,23 @@ mod tests {
         bytes[0] = 2;
         assert!(!Fingerprint::from_column(&bytes).unwrap().is_comparable());
         assert_eq!(Fingerprint::from_column(&bytes[1..]), None);
+    }
+
+    #[test]
+    fn what_differs_is_named() {
+        let digests = |path: &str, request: Value| FieldDigests::new("POST", path, &request);
+        let stored = digests("/v1/charges", json!({"b": 1, "a": "x", "c": null}));
+        let differs = |other: FieldDigests| other.differs(stored.as_bytes());
+        let same = digests("/v1/charges", json!({"a": "x", "b": 1, "c": null}));
+        assert_eq!(differs(same), Some(vec![]));
+        let other = digests("/v1/charges", json!({"a": "y", "b": 1, "c": 0}));
+        assert_eq!(differs(other), Some(vec!["a".to_owned(), "c".to_owned()]));
+        let elsewhere = digests("/v1/refunds", json!({"a": "x", "b": 1, "c": null}));
+        assert_eq!(differs(elsewhere), Some(vec!["path".to_owned()]));
+        let newer = digests("/v1/charges", json!({"a": "x", "b": 1, "c": null, "d": 1}));
+        assert_eq!(differs(newer), None);
+        assert_eq!(stored.differs(&[]), None);
+        assert_eq!(stored.differs(&[9; 23]), None);
     }
 
     proptest! {

@@ -105,6 +105,7 @@ pub async fn accept(
             scope,
             // What comes under an id is the message of that id, whatever it says.
             fingerprint: Fingerprint::of_nothing(),
+            digests: None,
             operation_id: Uuid::now_v7(),
             request_id: RequestId::new(),
             answer: Some(&accepted),

@@ -9,7 +9,8 @@
 
 use std::time::Duration;
 
-use sqlx::{PgConnection, types::Uuid};
+use chrono::{DateTime, Utc};
+use sqlx::{PgConnection, PgPool, types::Uuid};
 
 use super::{Answer, Fingerprint, Scope};
 use crate::{
@@ -24,6 +25,8 @@ pub struct NewRow<'a> {
     pub scope: &'a Scope,
     /// Of the request that the key belongs to.
     pub fingerprint: Fingerprint,
+    /// Of its fields; `None` where they are not known.
+    pub digests: Option<&'a [u8]>,
     /// What the key is claimed for; the claim is found again by it.
     pub operation_id: Uuid,
     /// The exchange in which it is claimed.
@@ -39,6 +42,8 @@ pub struct NewRow<'a> {
 pub struct KeyRow {
     /// Of the request that the key belongs to.
     pub fingerprint: Fingerprint,
+    /// Of the fields of that request, where they are known.
+    pub digests: Option<Vec<u8>>,
     /// What the key was claimed for.
     pub operation_id: Uuid,
     /// The exchange in which it was claimed.
@@ -65,18 +70,18 @@ pub async fn claim(conn: &mut PgConnection, rows: &[NewRow<'_>]) -> Result<Vec<b
         r#"
         insert into idempotency_keys (
             account_id, key, request_hash, operation_id, request_id,
-            response_status, response_head, response_body, created_at, expires_at
+            response_status, response_head, response_body, created_at, expires_at, field_digests
         )
         select
             account_id, key, request_hash, operation_id, request_id,
             response_status, response_head::json, response_body::json,
-            statement_timestamp(), statement_timestamp() + make_interval(secs => keep)
+            statement_timestamp(), statement_timestamp() + make_interval(secs => keep), field_digests
         from unnest(
             $1::uuid[], $2::text[], $3::bytea[], $4::uuid[], $5::uuid[],
-            $6::int2[], $7::text[], $8::text[], $9::float8[]
+            $6::int2[], $7::text[], $8::text[], $9::float8[], $10::bytea[]
         ) as input (
             account_id, key, request_hash, operation_id, request_id,
-            response_status, response_head, response_body, keep
+            response_status, response_head, response_body, keep, field_digests
         )
         where pg_try_advisory_xact_lock(hashtextextended(key, uuid_hash_extended(account_id, 0)))
         order by account_id, key collate "C"
@@ -92,6 +97,7 @@ pub async fn claim(conn: &mut PgConnection, rows: &[NewRow<'_>]) -> Result<Vec<b
         &columns.heads as &[Option<&str>],
         &columns.bodies as &[Option<&str>],
         &columns.keep,
+        &columns.digests as &[Option<&[u8]>],
     )
     .fetch_all(conn)
     .await?;
@@ -114,7 +120,7 @@ pub async fn read(
     let found = sqlx::query!(
         r#"
         select input.position as "position!", row.request_hash, row.operation_id,
-            row.request_id, row.response_status, row.response_head::text, row.response_body::text,
+            row.request_id, row.field_digests, row.response_status, row.response_head::text, row.response_body::text,
             row.response_status is not null and row.expires_at <= statement_timestamp() as "expired!"
         from unnest($1::uuid[], $2::text[]) with ordinality as input (account_id, key, position)
         cross join lateral (
@@ -142,6 +148,7 @@ pub async fn read(
         rows[position(row.position)] = Some(KeyRow {
             fingerprint: Fingerprint::from_column(&row.request_hash)
                 .ok_or_else(|| unreadable("request_hash"))?,
+            digests: row.field_digests,
             operation_id: row.operation_id,
             request_id: RequestId(row.request_id),
             answer,
@@ -149,6 +156,71 @@ pub async fn read(
         });
     }
     Ok(rows)
+}
+
+/// What is known of a key by its row.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum History {
+    /// It was claimed, and answered.
+    Answered {
+        /// When it was claimed.
+        created: DateTime<Utc>,
+        /// With which status, and until when the answer is kept; `None` if that
+        /// time is over.
+        answered: Option<(u16, DateTime<Utc>)>,
+    },
+    /// Somebody is at it now.
+    InUse,
+    /// It has no row.
+    Unknown,
+}
+
+/// What is known of a key.
+///
+/// # Errors
+/// What the database said.
+pub async fn history(pool: &PgPool, scope: &Scope) -> Result<History, sqlx::Error> {
+    // Whoever claims a key holds its lock until its row can be seen: so if the
+    // lock is free, and there is no row after that, there was none. Shared, so
+    // that two who ask do not see each other.
+    for _ in 0..2 {
+        let row = sqlx::query!(
+            r#"
+            select response_status, created_at, expires_at,
+                expires_at <= statement_timestamp() as "expired!"
+            from idempotency_keys
+            where account_id = $1 and key = $2
+            "#,
+            scope.account_id.0,
+            scope.key.as_str(),
+        )
+        .fetch_optional(pool)
+        .await?;
+        if let Some(row) = row {
+            return Ok(match row.response_status {
+                None => History::InUse,
+                Some(status) => History::Answered {
+                    created: row.created_at,
+                    answered: (!row.expired).then_some((status.cast_unsigned(), row.expires_at)),
+                },
+            });
+        }
+        let free = sqlx::query_scalar!(
+            r#"
+            select pg_try_advisory_xact_lock_shared(
+                hashtextextended($2, uuid_hash_extended($1, 0))
+            ) as "free!"
+            "#,
+            scope.account_id.0,
+            scope.key.as_str(),
+        )
+        .fetch_one(pool)
+        .await?;
+        if !free {
+            return Ok(History::InUse);
+        }
+    }
+    Ok(History::Unknown)
 }
 
 /// Frees the keys whose answers have expired, so that they can be claimed anew
@@ -210,18 +282,18 @@ pub async fn answer(conn: &mut PgConnection, rows: &[NewRow<'_>]) -> Result<(), 
         r#"
         insert into idempotency_keys as existing (
             account_id, key, request_hash, operation_id, request_id,
-            response_status, response_head, response_body, created_at, expires_at
+            response_status, response_head, response_body, created_at, expires_at, field_digests
         )
         select
             account_id, key, request_hash, operation_id, request_id,
             response_status, response_head::json, response_body::json,
-            statement_timestamp(), statement_timestamp() + make_interval(secs => keep)
+            statement_timestamp(), statement_timestamp() + make_interval(secs => keep), field_digests
         from unnest(
             $1::uuid[], $2::text[], $3::bytea[], $4::uuid[], $5::uuid[],
-            $6::int2[], $7::text[], $8::text[], $9::float8[]
+            $6::int2[], $7::text[], $8::text[], $9::float8[], $10::bytea[]
         ) as input (
             account_id, key, request_hash, operation_id, request_id,
-            response_status, response_head, response_body, keep
+            response_status, response_head, response_body, keep, field_digests
         )
         cross join lateral (
             select from idempotency_keys as there
@@ -237,7 +309,8 @@ pub async fn answer(conn: &mut PgConnection, rows: &[NewRow<'_>]) -> Result<(), 
             response_status = excluded.response_status,
             response_head = excluded.response_head,
             response_body = excluded.response_body,
-            expires_at = excluded.expires_at
+            expires_at = excluded.expires_at,
+            field_digests = excluded.field_digests
         "#,
         &columns.account_ids,
         &columns.keys as &[&str],
@@ -248,6 +321,7 @@ pub async fn answer(conn: &mut PgConnection, rows: &[NewRow<'_>]) -> Result<(), 
         &columns.heads as &[Option<&str>],
         &columns.bodies as &[Option<&str>],
         &columns.keep,
+        &columns.digests as &[Option<&[u8]>],
     )
     .execute(conn)
     .await?;
@@ -295,6 +369,7 @@ struct Columns<'a> {
     heads: Vec<Option<&'a str>>,
     bodies: Vec<Option<&'a str>>,
     keep: Vec<f64>,
+    digests: Vec<Option<&'a [u8]>>,
 }
 
 impl<'a> Columns<'a> {
@@ -310,6 +385,7 @@ impl<'a> Columns<'a> {
             heads: answers().map(|a| a?.head.as_deref()).collect(),
             bodies: answers().map(|a| Some(&*a?.body)).collect(),
             keep: rows.iter().map(|row| row.keep.as_secs_f64()).collect(),
+            digests: rows.iter().map(|row| row.digests).collect(),
         }
     }
 }

@@ -10,10 +10,11 @@ use tokio::{
 };
 use tracing::{debug, error, warn};
 
-use super::{Job, Options, Settled, Verdict};
+use super::{Command, Job, Options, Settled, Verdict, change};
 use crate::{
     charges::{self, Claimed, CreateCharge, FindsAnother},
     db::{self, Trouble, backoff, describe},
+    error::Error,
     idempotency::{
         self, Answer, Scope, Taken,
         store::{self, KeyRow, NewRow},
@@ -27,13 +28,13 @@ use crate::{
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// What an attempt found out about one command.
-enum Found {
+pub(super) enum Found {
     /// Its key's row.
     Row(Arc<Settled>),
     /// Another transaction holds its key, or its guard.
     Held,
-    /// Its guard is held by this charge, and nothing was done.
-    Guarded(ChargeId),
+    /// Nothing was done, and its key is free, for this reason.
+    Undone(Error),
 }
 
 impl Found {
@@ -41,7 +42,8 @@ impl Found {
     fn own(command: &CreateCharge, duplicate_of: Option<ChargeId>) -> Self {
         Self::Row(Arc::new(Settled {
             fingerprint: command.fingerprint,
-            charge_id: command.charge.id,
+            digests: Some(command.digests.as_bytes().to_vec()),
+            operation_id: command.charge.id.0,
             request_id: command.charge.request_id,
             answer: command.answer.clone(),
             duplicate_of,
@@ -49,13 +51,14 @@ impl Found {
     }
 
     /// What was there.
-    fn row(row: KeyRow) -> Result<Self, sqlx::Error> {
+    pub(super) fn row(row: KeyRow) -> Result<Self, sqlx::Error> {
         let answer = row
             .answer
             .ok_or_else(|| db::unreadable("response_status"))?;
         Ok(Self::Row(Arc::new(Settled {
             fingerprint: row.fingerprint,
-            charge_id: ChargeId(row.operation_id),
+            digests: row.digests,
+            operation_id: row.operation_id,
             request_id: row.request_id,
             answer,
             duplicate_of: None,
@@ -109,21 +112,26 @@ impl Task {
     /// apart.
     async fn see_part_through(&mut self, mut part: Vec<Job>) -> Option<(Vec<Job>, Vec<Job>)> {
         let mut pauses = backoff();
+        let mut careful = false;
         loop {
             part = give_up_late(part);
             if part.is_empty() {
                 return None;
             }
-            let error = match self.attempt(&mut part).await {
+            let error = match self.attempt(&mut part, careful).await {
                 Ok(found) => {
                     for (job, found) in part.into_iter().zip(found) {
                         match found {
                             Found::Row(row) => job.conclude(&Verdict::Row(row)),
-                            Found::Guarded(charge) => job.conclude(&Verdict::Guarded(charge)),
+                            Found::Undone(why) => job.conclude(&Verdict::Undone(why)),
                             Found::Held => come_back_later(job),
                         }
                     }
                     return None;
+                }
+                Err(error) if !careful && change::met_an_old_refund(&error) => {
+                    careful = true;
+                    continue;
                 }
                 Err(error) => error,
             };
@@ -149,8 +157,8 @@ impl Task {
                     for job in part {
                         error!(
                             error = %describe(&error),
-                            account_id = %job.command.scope.account_id,
-                            charge_id = %job.command.charge.id,
+                            account_id = %job.command.scope().account_id,
+                            charge_id = %job.command.charge_id(),
                             "the database refuses a command"
                         );
                         job.conclude(&Verdict::Internal);
@@ -165,15 +173,19 @@ impl Task {
     ///
     /// On an error nothing of it is kept here; on the server it may have been
     /// committed if the error came from the connection.
-    async fn attempt(&mut self, part: &mut [Job]) -> Result<Vec<Found>, sqlx::Error> {
-        let commands: Vec<&CreateCharge> = part.iter().map(|job| &*job.command).collect();
+    async fn attempt(
+        &mut self,
+        part: &mut [Job],
+        careful: bool,
+    ) -> Result<Vec<Found>, sqlx::Error> {
+        let commands: Vec<&Command> = part.iter().map(|job| &*job.command).collect();
         let mut conn = match self.conn.take() {
             Some(conn) => conn,
             None => self.options.server.connect().await?,
         };
         let result: Result<_, sqlx::Error> = db::within(ATTEMPT_TIMEOUT, async {
             let mut transaction = self.options.server.begin(&mut conn).await?;
-            let found = write(&mut transaction, &commands).await?;
+            let found = write(&mut transaction, &commands, careful).await?;
             transaction.commit().await?;
             Ok(found)
         })
@@ -224,9 +236,44 @@ fn come_back_later(job: Job) {
     }
 }
 
-/// The statements between `begin` and `commit`; the table of round trips in the
-/// module's doc is this function.
+/// The statements between `begin` and `commit`: those of new charges, then those
+/// of changes. One kind costs nothing where there is none of it.
 async fn write(
+    conn: &mut PgConnection,
+    commands: &[&Command],
+    careful: bool,
+) -> Result<Vec<Found>, sqlx::Error> {
+    let (mut creations, mut changes) = (Vec::new(), Vec::new());
+    let (mut created, mut changed) = (Vec::new(), Vec::new());
+    for (i, command) in commands.iter().enumerate() {
+        match command {
+            Command::CreateCharge(command) => {
+                creations.push(&**command);
+                created.push(i);
+            }
+            Command::ChangeCharge(command) => {
+                changes.push(&**command);
+                changed.push(i);
+            }
+        }
+    }
+    let mut found: Vec<Found> = commands.iter().map(|_| Found::Held).collect();
+    if !creations.is_empty() {
+        for (i, what) in created.into_iter().zip(create(conn, &creations).await?) {
+            found[i] = what;
+        }
+    }
+    if !changes.is_empty() {
+        let done = change::write(conn, &changes, careful).await?;
+        for (i, what) in changed.into_iter().zip(done) {
+            found[i] = what;
+        }
+    }
+    Ok(found)
+}
+
+/// Creates charges; the table of round trips in the module's doc is this function.
+async fn create(
     conn: &mut PgConnection,
     commands: &[&CreateCharge],
 ) -> Result<Vec<Found>, sqlx::Error> {
@@ -304,7 +351,7 @@ async fn stand_guard(
             }
             (idempotency::Claimed::Answered(row), FindsAnother::Refused) => {
                 withdrawn.push(commands[i]);
-                Found::Guarded(ChargeId(row.operation_id))
+                Found::Undone(Error::DuplicateCharge(ChargeId(row.operation_id)))
             }
             // Another transaction makes such a charge now, or fails to.
             (idempotency::Claimed::InUse, _) => {
@@ -333,7 +380,8 @@ async fn answer_from_charges(
         let (fingerprint, charge) = charge.ok_or(sqlx::Error::RowNotFound)?;
         settled.push(Settled {
             fingerprint,
-            charge_id: charge.id,
+            digests: None,
+            operation_id: charge.id.0,
             request_id: charge.request_id,
             answer: charge.answer(),
             duplicate_of: None,
@@ -344,7 +392,8 @@ async fn answer_from_charges(
         .zip(&settled)
         .map(|(command, row)| NewRow {
             fingerprint: row.fingerprint,
-            operation_id: row.charge_id.0,
+            digests: None,
+            operation_id: row.operation_id,
             request_id: row.request_id,
             answer: Some(&row.answer),
             ..command.row()

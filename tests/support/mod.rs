@@ -18,7 +18,7 @@ use payonce::{
     charges::{Charge, ChargeRequest, CreateCharge},
     db::Server,
     http::{App, DuplicateGuard, Keyless, caller::Callers, router},
-    idempotency::{Fingerprint, Key, Rules, Scenario, Scope},
+    idempotency::{FieldDigests, Fingerprint, Key, Rules, Scenario, Scope},
     ids::{AccountId, RequestId},
     money::{Amount, Currency},
     processor::Outcome,
@@ -244,6 +244,7 @@ pub fn command(account_id: AccountId, key: &str) -> CreateCharge {
         capture: true,
     };
     let fingerprint = Fingerprint::new("POST", "/v1/charges", &request);
+    let digests = FieldDigests::new("POST", "/v1/charges", &request);
     let charge = Charge::decided(request, Outcome::Approved, RequestId::new());
     CreateCharge {
         scope: Scope {
@@ -251,6 +252,7 @@ pub fn command(account_id: AccountId, key: &str) -> CreateCharge {
             key: Key::from_header(key.as_bytes()).unwrap(),
         },
         fingerprint,
+        digests,
         rule: Scenario::Payment.default_rule(),
         keyed: true,
         guard: None,

@@ -1,0 +1,116 @@
+//! Changes of charges: captures, refunds and updates. Each is a command under a
+//! key, like a charge.
+
+use std::collections::BTreeMap;
+
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::{
+    charges::{Charge, ChargeUpdate, Refusal},
+    error::Error,
+    idempotency::{Answer, FieldDigests, Fingerprint, Rule, Scope, store::NewRow},
+    ids::{ChargeId, RefundId, RequestId},
+    money::Amount,
+    refunds::{Refund, RefundRequest},
+};
+
+/// What a client asks for when it captures, checked.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct CaptureRequest {
+    /// How much; all that was authorised, if it is not said.
+    pub amount: Option<Amount>,
+}
+
+/// What is to become of a charge.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Change {
+    /// Its money is taken.
+    Capture(CaptureRequest),
+    /// Its money is given back.
+    Refund(RefundRequest),
+    /// Its description or metadata change.
+    Update(ChargeUpdate),
+}
+
+/// A wish for a change with all that the writer needs. What is answered is known
+/// when the charge is locked, and not before.
+#[derive(Debug, Clone)]
+pub struct ChangeCharge {
+    /// Whose key, and which.
+    pub scope: Scope,
+    /// Of the request.
+    pub fingerprint: Fingerprint,
+    /// Of its fields.
+    pub digests: FieldDigests,
+    /// How long the answer is kept, and what a duplicate gets.
+    pub rule: Rule,
+    /// Whether the key is the client's.
+    pub keyed: bool,
+    /// By which the work is found again; a refund has its id from it.
+    pub operation_id: Uuid,
+    /// In which it was asked for.
+    pub request_id: RequestId,
+    /// Of which charge.
+    pub charge_id: ChargeId,
+    /// What.
+    pub change: Change,
+}
+
+impl ChangeCharge {
+    /// The row of its key while it is not answered yet.
+    #[must_use]
+    pub fn row(&self) -> NewRow<'_> {
+        NewRow {
+            scope: &self.scope,
+            fingerprint: self.fingerprint,
+            digests: Some(self.digests.as_bytes()),
+            operation_id: self.operation_id,
+            request_id: self.request_id,
+            answer: None,
+            keep: self.rule.keep,
+        }
+    }
+
+    /// Does it to the charge, and says what is answered; with the refund, if it
+    /// is one. A refusal is answered too, and then the charge is as before.
+    #[must_use]
+    pub fn decide(&self, charge: &mut Charge) -> (Answer, Option<Refund>) {
+        let done = match &self.change {
+            Change::Capture(request) => charge.capture(request.amount).map(|()| None),
+            Change::Update(update) => charge.update(update).map(|()| None),
+            Change::Refund(request) => charge
+                .refund(request.amount)
+                .map(|amount| Some(self.refund(charge, request, amount))),
+        };
+        match done {
+            Ok(None) => (charge.answer(), None),
+            Ok(Some(refund)) => (refund.answer(), Some(refund)),
+            Err(refusal) => (self.refused(refusal), None),
+        }
+    }
+
+    fn refund(&self, charge: &Charge, request: &RefundRequest, amount: Amount) -> Refund {
+        Refund {
+            id: RefundId(self.operation_id),
+            request_id: self.request_id,
+            charge: charge.id,
+            amount,
+            currency: charge.request.currency,
+            reason: request.reason,
+            metadata: BTreeMap::clone(&request.metadata),
+        }
+    }
+
+    fn refused(&self, refusal: Refusal) -> Answer {
+        let error = Error::ChargeRefuses {
+            refusal,
+            charge: self.charge_id,
+        };
+        Answer {
+            status: error.status(),
+            head: None,
+            body: error.body(self.request_id).into(),
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! `/v1/idempotency_keys/{key}`: what became of a key, for a client that lost
+//! its answer and its patience.
+
+use axum::{
+    extract::{Path, RawQuery, State, rejection::PathRejection},
+    http::StatusCode,
+    response::Response,
+};
+use chrono::{DateTime, Utc};
+use serde::Serialize;
+
+use super::{App, caller::Caller, exchange::Exchange, json, params::Params};
+use crate::{
+    charges, db,
+    error::Error,
+    idempotency::{
+        Key, Scope,
+        store::{self, History},
+    },
+    ids::{ChargeId, RefundId},
+    refunds,
+};
+
+#[derive(Serialize)]
+struct Wire<'a> {
+    object: &'a str,
+    key: &'a str,
+    state: &'a str,
+    /// When the key was first used.
+    created: Option<i64>,
+    /// Until when the answer is kept; `None` if it is not any more.
+    expires_at: Option<i64>,
+    response_status: Option<u16>,
+    charge: Option<ChargeId>,
+    refund: Option<RefundId>,
+}
+
+/// `GET /v1/idempotency_keys/{key}`
+pub(super) async fn retrieve(
+    State(app): State<App>,
+    exchange: Exchange,
+    caller: Caller,
+    key: Result<Path<String>, PathRejection>,
+    RawQuery(query): RawQuery,
+) -> Result<Response, Error> {
+    Params::from_form(query.unwrap_or_default().as_bytes())?.finish()?;
+    let missing = Error::ResourceMissing { param: None };
+    let key = key
+        .ok()
+        .and_then(|Path(key)| Key::from_header(key.as_bytes()).ok());
+    let scope = Scope {
+        account_id: caller.account_id,
+        key: key.ok_or_else(|| missing.clone())?,
+    };
+    let history = db::read(exchange.deadline, || store::history(&app.pool, &scope)).await?;
+    // Asked for when the row was not there: whoever works on the key now has
+    // written it by the time that nobody is at it any more.
+    let at_it = history == History::InUse || app.writer.is_at(&scope);
+    let (created, answered) = match history {
+        History::Answered { created, answered } if !at_it => (Some(created), answered),
+        History::Unknown if !at_it => (None, None),
+        _ => return Ok(wire(&scope, "in_progress", None, None, None, None)),
+    };
+    let charge = db::read(exchange.deadline, || charges::of_key(&app.pool, &scope)).await?;
+    let refund = db::read(exchange.deadline, || refunds::of_key(&app.pool, &scope)).await?;
+    let made = charge
+        .map(ChargeId::created_at)
+        .or(refund.map(RefundId::created_at));
+    // The row was purged, and what it made is there.
+    let created: Option<DateTime<Utc>> = created.or(made);
+    let created = created.ok_or(missing)?;
+    Ok(wire(
+        &scope,
+        "answered",
+        Some(created),
+        answered,
+        charge,
+        refund,
+    ))
+}
+
+fn wire(
+    scope: &Scope,
+    state: &str,
+    created: Option<DateTime<Utc>>,
+    answered: Option<(u16, DateTime<Utc>)>,
+    charge: Option<ChargeId>,
+    refund: Option<RefundId>,
+) -> Response {
+    let wire = Wire {
+        object: "idempotency_key",
+        key: scope.key.as_str(),
+        state,
+        created: created.map(|at| at.timestamp()),
+        expires_at: answered.map(|(_, at)| at.timestamp()),
+        response_status: answered.map(|(status, _)| status),
+        charge,
+        refund,
+    };
+    let body = serde_json::to_string(&wire).expect("plain data is always JSON");
+    json(StatusCode::OK, body)
+}

@@ -1,0 +1,181 @@
+//! Changes of charges in a batch: the general form.
+//!
+//! Claim the keys, lock the charges in the order of their ids, decide in memory,
+//! write, answer. What runs beside it on another replica waits for the charges,
+//! and decides on what this one has left of them; so the sum of refunds never
+//! exceeds what was captured. The database's constraints hold that too.
+
+use std::{
+    collections::{BTreeSet, HashSet},
+    sync::Arc,
+};
+
+use sqlx::PgConnection;
+
+use super::{Settled, batch::Found};
+use crate::{
+    changes::{Change, ChangeCharge},
+    charges,
+    error::Error,
+    idempotency::{self, Answer, Claimed, Scope, store},
+    refunds,
+};
+
+/// Whether an error says that a refund of an earlier time carries a key whose row
+/// was purged: the batch has to be done again, and look for such refunds first.
+/// Not looked for always, since it is a round trip, and very late retries are rare.
+pub(super) fn met_an_old_refund(error: &sqlx::Error) -> bool {
+    error
+        .as_database_error()
+        .and_then(|error| error.constraint())
+        == Some("refunds_idempotency_key_key")
+}
+
+/// What `begin` and `commit` go around. `careful`: looks for refunds that carry a
+/// key although its row is gone.
+pub(super) async fn write(
+    conn: &mut PgConnection,
+    changes: &[&ChangeCharge],
+    careful: bool,
+) -> Result<Vec<Found>, sqlx::Error> {
+    let rows: Vec<_> = changes.iter().map(|change| change.row()).collect();
+    let mut found = Vec::with_capacity(changes.len());
+    let mut claimed = Vec::new();
+    for (i, claim) in idempotency::claim(conn, &rows)
+        .await?
+        .into_iter()
+        .enumerate()
+    {
+        found.push(match claim {
+            Claimed::Answered(row) => Found::row(row)?,
+            Claimed::InUse => Found::Held,
+            Claimed::Claimed => {
+                claimed.push(i);
+                Found::Held
+            }
+        });
+    }
+    let mut answers: Vec<(usize, Arc<Settled>)> = Vec::new();
+    if careful {
+        claimed = settle_old(conn, changes, claimed, &mut answers).await?;
+    }
+    let missing = perform(conn, changes, &claimed, &mut answers).await?;
+
+    let rows: Vec<_> = answers
+        .iter()
+        .map(|(i, row)| store::NewRow {
+            fingerprint: row.fingerprint,
+            digests: row.digests.as_deref(),
+            operation_id: row.operation_id,
+            request_id: row.request_id,
+            answer: Some(&row.answer),
+            ..changes[*i].row()
+        })
+        .collect();
+    if !rows.is_empty() {
+        store::answer(conn, &rows).await?;
+    }
+    if !missing.is_empty() {
+        let scopes: Vec<&Scope> = missing.iter().map(|&i| &changes[i].scope).collect();
+        store::release(conn, &scopes).await?;
+    }
+    for i in missing {
+        let param = match changes[i].change {
+            Change::Refund(_) => Some("charge"),
+            Change::Capture(_) | Change::Update(_) => None,
+        };
+        found[i] = Found::Undone(Error::ResourceMissing { param });
+    }
+    for (i, row) in answers {
+        found[i] = Found::Row(row);
+    }
+    Ok(found)
+}
+
+/// Does the claimed changes, notes their answers, and says which of them are of a
+/// charge that is not there.
+async fn perform(
+    conn: &mut PgConnection,
+    changes: &[&ChangeCharge],
+    claimed: &[usize],
+    answers: &mut Vec<(usize, Arc<Settled>)>,
+) -> Result<Vec<usize>, sqlx::Error> {
+    let id = |i: usize| (changes[i].scope.account_id, changes[i].charge_id);
+    let ids: BTreeSet<_> = claimed.iter().map(|&i| id(i)).collect();
+    if ids.is_empty() {
+        return Ok(vec![]);
+    }
+    let mut locked = charges::lock(conn, &ids).await?;
+    let (mut missing, mut made, mut changed) = (Vec::new(), Vec::new(), HashSet::new());
+    for &i in claimed {
+        let Some(there) = locked.get_mut(&id(i)) else {
+            missing.push(i);
+            continue;
+        };
+        let before = there.charge.clone();
+        let (answer, refund) = changes[i].decide(&mut there.charge);
+        if there.charge != before {
+            changed.insert(id(i));
+        }
+        made.extend(refund.map(|refund| (i, refund)));
+        answers.push((i, own(changes[i], answer)));
+    }
+    let changed: Vec<_> = changed.iter().map(|id| &locked[id]).collect();
+    if !changed.is_empty() {
+        charges::save(conn, &changed).await?;
+    }
+    if !made.is_empty() {
+        let rows: Vec<refunds::Keyed<'_>> = made
+            .iter()
+            .map(|(i, refund)| {
+                let change = changes[*i];
+                (&change.scope, change.keyed, change.fingerprint, refund)
+            })
+            .collect();
+        refunds::insert(conn, &rows).await?;
+    }
+    Ok(missing)
+}
+
+/// Settles the refunds among the claimed that were made at an earlier time, and
+/// gives the others.
+async fn settle_old(
+    conn: &mut PgConnection,
+    changes: &[&ChangeCharge],
+    claimed: Vec<usize>,
+    answers: &mut Vec<(usize, Arc<Settled>)>,
+) -> Result<Vec<usize>, sqlx::Error> {
+    let scopes: Vec<&Scope> = claimed.iter().map(|&i| &changes[i].scope).collect();
+    let mut fresh = Vec::new();
+    for (i, old) in claimed
+        .into_iter()
+        .zip(refunds::by_key(conn, &scopes).await?)
+    {
+        match old {
+            Some((fingerprint, refund)) => answers.push((
+                i,
+                Arc::new(Settled {
+                    fingerprint,
+                    digests: None,
+                    operation_id: refund.id.0,
+                    request_id: refund.request_id,
+                    answer: refund.answer(),
+                    duplicate_of: None,
+                }),
+            )),
+            None => fresh.push(i),
+        }
+    }
+    Ok(fresh)
+}
+
+fn own(change: &ChangeCharge, answer: Answer) -> Arc<Settled> {
+    Arc::new(Settled {
+        fingerprint: change.fingerprint,
+        digests: Some(change.digests.as_bytes().to_vec()),
+        operation_id: change.operation_id,
+        request_id: change.request_id,
+        answer,
+        duplicate_of: None,
+    })
+}
