@@ -542,6 +542,16 @@ pub enum Claimed {
     ChargeExists,
 }
 
+impl Claimed {
+    fn by(charged: bool) -> Self {
+        if charged {
+            Self::Charged
+        } else {
+            Self::ChargeExists
+        }
+    }
+}
+
 /// Claims the keys and makes the charges: one statement for the whole batch.
 /// For each command says what became of it; `None` where the key was not to be
 /// had, because its row is there or because another transaction is at it.
@@ -645,20 +655,10 @@ pub async fn claim_and_insert(
     .fetch_all(conn)
     .await?;
 
-    let claims: HashMap<Uuid, Claimed> = rows
-        .into_iter()
-        .map(|row| {
-            let claimed = if row.charged {
-                Claimed::Charged
-            } else {
-                Claimed::ChargeExists
-            };
-            (row.charge_id, claimed)
-        })
-        .collect();
-    Ok(commands
-        .iter()
-        .map(|c| claims.get(&c.charge.id.0).copied())
+    let claims: HashMap<_, _> = rows.into_iter().map(|r| (r.charge_id, r.charged)).collect();
+    let ids = commands.iter().map(|c| c.charge.id.0);
+    Ok(ids
+        .map(|id| claims.get(&id).map(|&charged| Claimed::by(charged)))
         .collect())
 }
 

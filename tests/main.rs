@@ -3,6 +3,7 @@
 mod support;
 
 mod accounts_are_apart;
+mod changes;
 mod client;
 mod commands;
 mod durable;
@@ -15,6 +16,7 @@ mod inbound;
 mod keyless;
 mod layer;
 mod lists;
+mod lookup;
 mod one_charge_per_key;
 mod other_request_refused;
 mod plans;

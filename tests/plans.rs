@@ -16,7 +16,9 @@ use payonce::{
     page::{From, Page},
     refunds::{self, Refund},
 };
-use sqlx::{Connection, PgConnection, PgPool, Postgres, pool::PoolConnection, types::Uuid};
+use sqlx::{
+    Connection, Executor, PgConnection, PgPool, Postgres, pool::PoolConnection, types::Uuid,
+};
 
 use crate::support::command;
 
@@ -67,10 +69,8 @@ const ALL: [Statement; 19] = [
     Statement::ByKey,
     Statement::Find,
     Statement::List,
-    Statement::ListOfCustomer,
     Statement::ListBackwards,
     Statement::ListRefunds,
-    Statement::ListRefundsOfCharge,
     Statement::OfKey,
     Statement::RefundOfKey,
     Statement::LockAndSave,
@@ -81,9 +81,17 @@ const ALL: [Statement; 19] = [
     Statement::InsertRefunds,
     Statement::ClaimAndAnswer,
     Statement::ClaimAndInsert,
+    Statement::ListOfCustomer,
+    Statement::ListRefundsOfCharge,
 ];
 
 impl Statement {
+    /// Whether it is a list that could be read in its order by one index, or in
+    /// its selection by another.
+    fn is_filtered(self) -> bool {
+        matches!(self, Self::ListOfCustomer | Self::ListRefundsOfCharge)
+    }
+
     /// Runs it, and says how many rows of ours it fetched or read past.
     async fn run(self, conn: &mut PgConnection) -> i64 {
         // Old keys, so that there is something to find, and for the claim new ones.
@@ -260,11 +268,11 @@ impl Planned {
             "insert into refunds (account_id, refund_id, charge_id, idempotency_key, request_hash, request_id, amount,
                  currency, metadata, created_at)
              select $1, gen_random_uuid(), (select charge_id from charges limit 1), 'old_' || i,
-                 decode(repeat('01', 33), 'hex'), gen_random_uuid(), 1, 'usd', '{}', now()
+                 decode(repeat('01', 33), 'hex'), gen_random_uuid(), 1, 'usd', '{}'::jsonb, now()
              from generate_series(1, 100) as i where $2 > 0
              union all
              select $1, gen_random_uuid(), gen_random_uuid(), 'older_' || i,
-                 decode(repeat('01', 33), 'hex'), gen_random_uuid(), 1, 'usd', '{}', now()
+                 decode(repeat('01', 33), 'hex'), gen_random_uuid(), 1, 'usd', '{}'::jsonb, now()
              from generate_series(1, $2) as i",
         ] {
             sqlx::query(statement).bind(ACCOUNT.0).bind(ROWS).execute(&self.pool).await.unwrap();
@@ -329,6 +337,11 @@ async fn a_statement_planned_on_empty_tables_uses_the_index_when_they_have_grown
         let mut planned = Planned::on_empty_tables(pool.clone()).await;
         planned.grow().await;
         for statement in ALL {
+            if statement.is_filtered() {
+                // Which of two indexes to walk along is a question of numbers:
+                // they are planned per execution, and by then the server knows.
+                pool.execute("analyze charges, refunds").await.unwrap();
+            }
             let run = planned.run(statement);
             let touched = tokio::time::timeout(Duration::from_mins(1), run)
                 .await

@@ -243,29 +243,32 @@ async fn write(
     commands: &[&Command],
     careful: bool,
 ) -> Result<Vec<Found>, sqlx::Error> {
-    let (mut creations, mut changes) = (Vec::new(), Vec::new());
-    let (mut created, mut changed) = (Vec::new(), Vec::new());
+    let (mut creations, mut of_creations) = (Vec::new(), Vec::new());
+    let (mut changes, mut of_changes) = (Vec::new(), Vec::new());
     for (i, command) in commands.iter().enumerate() {
         match command {
             Command::CreateCharge(command) => {
                 creations.push(&**command);
-                created.push(i);
+                of_creations.push(i);
             }
             Command::ChangeCharge(command) => {
                 changes.push(&**command);
-                changed.push(i);
+                of_changes.push(i);
             }
         }
     }
     let mut found: Vec<Found> = commands.iter().map(|_| Found::Held).collect();
     if !creations.is_empty() {
-        for (i, what) in created.into_iter().zip(create(conn, &creations).await?) {
+        for (i, what) in of_creations
+            .into_iter()
+            .zip(create(conn, &creations).await?)
+        {
             found[i] = what;
         }
     }
     if !changes.is_empty() {
         let done = change::write(conn, &changes, careful).await?;
-        for (i, what) in changed.into_iter().zip(done) {
+        for (i, what) in of_changes.into_iter().zip(done) {
             found[i] = what;
         }
     }

@@ -106,7 +106,7 @@ async fn perform(
         return Ok(vec![]);
     }
     let mut locked = charges::lock(conn, &ids).await?;
-    let (mut missing, mut made, mut changed) = (Vec::new(), Vec::new(), HashSet::new());
+    let (mut missing, mut made, mut dirty) = (Vec::new(), Vec::new(), HashSet::new());
     for &i in claimed {
         let Some(there) = locked.get_mut(&id(i)) else {
             missing.push(i);
@@ -115,14 +115,14 @@ async fn perform(
         let before = there.charge.clone();
         let (answer, refund) = changes[i].decide(&mut there.charge);
         if there.charge != before {
-            changed.insert(id(i));
+            dirty.insert(id(i));
         }
         made.extend(refund.map(|refund| (i, refund)));
         answers.push((i, own(changes[i], answer)));
     }
-    let changed: Vec<_> = changed.iter().map(|id| &locked[id]).collect();
-    if !changed.is_empty() {
-        charges::save(conn, &changed).await?;
+    let dirty: Vec<_> = dirty.iter().map(|id| &locked[id]).collect();
+    if !dirty.is_empty() {
+        charges::save(conn, &dirty).await?;
     }
     if !made.is_empty() {
         let rows: Vec<refunds::Keyed<'_>> = made
