@@ -68,6 +68,11 @@ pub struct Serve {
     #[arg(long, env = "POOL_SIZE", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
     pub pool_size: u32,
 
+    /// Most requests of an account per second, and at once, on this replica; more
+    /// get 429. 0 is no limit
+    #[arg(long, env = "RATE_LIMIT", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1_000_000), value_name = "N")]
+    pub rate_limit: u32,
+
     /// Set to true if `DATABASE_URL` leads to PgBouncer in transaction mode, or
     /// a pooler like it; costs a little speed
     #[arg(long, env = "TRANSACTION_POOLER", default_value_t = false, num_args = 0..=1, require_equals = true, default_missing_value = "true", action = ArgAction::Set, value_name = "BOOL")]

@@ -6,6 +6,7 @@ pub mod command;
 pub mod exchange;
 mod health;
 mod keys;
+pub mod limit;
 mod page;
 pub mod params;
 mod refunds;
@@ -29,6 +30,7 @@ use crate::{
     writer::Writer,
 };
 use caller::Callers;
+use limit::Limits;
 
 /// What the handlers work with. Cheap to clone.
 #[derive(Debug, Clone)]
@@ -43,6 +45,8 @@ pub struct App {
     pub wait: Duration,
     /// How long keys are kept.
     pub rules: Rules,
+    /// How many requests an account may make.
+    pub limits: Limits,
     /// What becomes of a POST without a key.
     pub keyless: Keyless,
     /// Whether charges are looked over that look like another one.

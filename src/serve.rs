@@ -30,7 +30,7 @@ use crate::{
     cli::Failure,
     config,
     db::{self, Server, Trouble, Unfit},
-    http::{self, App, caller::Callers},
+    http::{self, App, caller::Callers, limit::Limits},
     idempotency::purge,
     writer::{self, Writer},
 };
@@ -70,6 +70,7 @@ pub async fn run(config: config::Serve) -> Result<(), Failure> {
         batch_max: config.batch_max.into(),
         queue_max: config.queue_max,
     });
+    let limits = Limits::per_second(config.rate_limit);
     let purge = tokio::spawn(purge::run_forever(pool.clone(), config.purge_interval));
     let app = App {
         callers: Callers::new(pool.clone()),
@@ -77,6 +78,7 @@ pub async fn run(config: config::Serve) -> Result<(), Failure> {
         writer: writer.clone(),
         wait: config.duplicate_wait,
         rules,
+        limits: limits.clone(),
         keyless: config.keyless,
         duplicate_guard: config.duplicate_guard,
         duplicate_guard_window: config.duplicate_guard_window,
@@ -86,6 +88,13 @@ pub async fn run(config: config::Serve) -> Result<(), Failure> {
         .await
         .map_err(|error| format!("cannot listen on {}: {error}", config.listen_addr))?;
     let address = listener.local_addr()?;
+    let forget = tokio::spawn(async move {
+        let mut ticks = tokio::time::interval(Duration::from_mins(1));
+        loop {
+            ticks.tick().await;
+            limits.forget_the_quiet();
+        }
+    });
     let (stop, stopping) = watch::channel(None);
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
@@ -106,6 +115,7 @@ pub async fn run(config: config::Serve) -> Result<(), Failure> {
         () = deadline(stopping.clone()) => true,
     };
     purge.abort();
+    forget.abort();
     let left = stopping.borrow().map_or(Duration::ZERO, |end| {
         end.saturating_duration_since(Instant::now())
     });

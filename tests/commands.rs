@@ -167,6 +167,7 @@ async fn a_mistake_is_named(pool: PgPool) {
         ),
         (&["serve"], "RULES", "form=1h form=2h", "form has two rules"),
         (&["serve"], "KEYLESS", "yes", "--keyless"),
+        (&["serve"], "RATE_LIMIT", "-1", "--rate-limit"),
         (&["serve"], "DUPLICATE_GUARD", "on", "--duplicate-guard"),
         (&["serve"], "DUPLICATE_WAIT", "11s", "--duplicate-wait"),
         (&["serve"], "BATCH_MAX", "0", "--batch-max"),

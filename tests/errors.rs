@@ -1,11 +1,14 @@
 //! Every row of the error table as a client sees it, and every bad input by its
 //! name.
 
+use std::time::Duration;
+
+use futures::future::join_all;
 use insta::{assert_json_snapshot, dynamic_redaction, with_settings};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
-use crate::support::{Call, Reply, Service, Settings};
+use crate::support::{Call, Reply, Service, Settings, count};
 
 /// Status, the headers that matter, and the body.
 fn seen(reply: &Reply) -> Value {
@@ -736,5 +739,33 @@ async fn bad_queries_are_refused(pool: PgPool) {
             .send()
             .await
             .assert_error(404, "resource_missing");
+    }
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn an_account_has_a_limit_of_its_own(pool: PgPool) {
+    let settings = Settings {
+        rate_limit: 5,
+        ..Settings::default()
+    };
+    let service = Service::start_with(&pool, settings).await;
+    let replies = join_all((0..20).map(|i| service.charge(&format!("order_{i}")).send())).await;
+    let refused: Vec<_> = replies.iter().filter(|reply| reply.status == 429).collect();
+    // At least: one more place comes free every 200 ms.
+    assert!((5..=15).contains(&refused.len()), "{}", refused.len());
+    for reply in &refused {
+        reply.assert_error(429, "rate_limited");
+        assert_eq!(reply.headers["retry-after"], "1");
+        assert_eq!(reply.headers["stripe-should-retry"], "true");
+    }
+    // Nothing was claimed for them.
+    let made = i64::try_from(20 - refused.len()).unwrap();
+    assert_eq!(count(&pool, "idempotency_keys").await, made);
+    let other = service.other_account().await;
+    assert_eq!(other.charge("order_1").send().await.status, 200);
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    for i in 0..3 {
+        let retry = service.charge(&format!("order_{i}")).send().await;
+        assert_eq!(retry.status, 200, "{retry:?}");
     }
 }

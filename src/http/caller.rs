@@ -80,9 +80,10 @@ impl FromRequestParts<App> for Caller {
     async fn from_request_parts(parts: &mut Parts, app: &App) -> Result<Self, Error> {
         let Ok(Exchange { deadline, .. }) = Exchange::from_request_parts(parts, app).await;
         let key = api_key(&parts.headers).ok_or(Error::ApiKeyInvalid)?;
-        Ok(Self {
-            account_id: app.callers.identify(&key, deadline).await?,
-        })
+        let account_id = app.callers.identify(&key, deadline).await?;
+        // Before anything is read of the request or claimed for it.
+        app.limits.count(account_id)?;
+        Ok(Self { account_id })
     }
 }
 

@@ -17,7 +17,7 @@ use payonce::{
     accounts,
     charges::{Charge, ChargeRequest, CreateCharge},
     db::Server,
-    http::{App, DuplicateGuard, Keyless, caller::Callers, router},
+    http::{App, DuplicateGuard, Keyless, caller::Callers, limit::Limits, router},
     idempotency::{FieldDigests, Fingerprint, Key, Rules, Scenario, Scope},
     ids::{AccountId, RequestId},
     money::{Amount, Currency},
@@ -49,6 +49,7 @@ pub struct Settings {
     pub answer_ttl: Duration,
     pub wait: Duration,
     pub keyless: Keyless,
+    pub rate_limit: u32,
     pub duplicate_guard: DuplicateGuard,
 }
 
@@ -62,6 +63,7 @@ impl Default for Settings {
             answer_ttl: Duration::from_hours(24),
             wait: Duration::from_secs(2),
             keyless: Keyless::Refuse,
+            rate_limit: 0,
             duplicate_guard: DuplicateGuard::Off,
         }
     }
@@ -216,6 +218,7 @@ fn app_on(server: &Server, settings: &Settings) -> App {
         writer,
         wait: settings.wait,
         rules: Rules::with(&[payment.parse().unwrap()]).unwrap(),
+        limits: Limits::per_second(settings.rate_limit),
         keyless: settings.keyless,
         duplicate_guard: settings.duplicate_guard,
         duplicate_guard_window: Duration::from_mins(5),
