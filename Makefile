@@ -19,17 +19,19 @@ test: ## run every test (ARGS='...' goes to cargo test)
 chaos: ## the chaos suite in its long form: CHAOS_MINUTES=30, optimised build
 	@CHAOS_MINUTES=$${CHAOS_MINUTES:-30} scripts/test --release --test chaos -- $(ARGS)
 
-check: ## formatting, lints, .sqlx/, licences and banned crates
+check: ## formatting, lints, .sqlx/, docs/openapi.json, licences and banned crates
 	cargo fmt --check
 	cargo clippy --all-targets --locked -- -D warnings
 	scripts/prepare --check
+	scripts/openapi --check
 	.dev/tools/bin/cargo-deny --locked check licenses bans
 
 fmt: ## format the code
 	cargo fmt
 
-prepare: ## write .sqlx/ anew, after a query or a migration has changed
+prepare: ## write .sqlx/ and docs/openapi.json anew, after a query, a migration or the API has changed
 	scripts/prepare
+	scripts/openapi
 
 bench: ## measure throughput and latency (ARGS='...' goes to scripts/bench)
 	@scripts/bench $(ARGS)

@@ -7,6 +7,7 @@ use std::{
 
 use serde::Serialize;
 use sqlx::{Executor, FromRow, PgConnection, PgExecutor, types::Json};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::{
@@ -27,7 +28,8 @@ pub const METADATA_ENTRIES_MAX: usize = 50;
 
 /// What a client asks for, checked; its canonical form is what the
 /// fingerprint is taken of, so two ways of writing the same wish are equal here.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct ChargeRequest {
     /// How much.
     pub amount: Amount,
@@ -40,8 +42,10 @@ pub struct ChargeRequest {
     /// For people.
     pub description: Option<String>,
     /// For the merchant's programs.
+    #[schema(required = false)]
     pub metadata: BTreeMap<String, String>,
     /// Take the money now (`true`), or authorise only.
+    #[schema(required = false, default = true)]
     pub capture: bool,
 }
 
@@ -101,13 +105,16 @@ pub struct Charge {
 }
 
 /// What a client wants changed, checked. Of what it leaves out nothing changes.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct ChargeUpdate {
     /// An empty text removes it.
     pub description: Option<String>,
     /// Names with their new texts; an empty text removes the name.
+    #[schema(required = false)]
     pub metadata: BTreeMap<String, String>,
     /// Removes all names that there were.
+    #[schema(ignore)]
     pub clears_metadata: bool,
 }
 
@@ -389,7 +396,7 @@ impl Charge {
 
     /// The charge in Stripe's shape, to be a part of a larger body.
     #[must_use]
-    pub fn wire(&self) -> impl Serialize + '_ {
+    pub(crate) fn wire(&self) -> Wire<'_> {
         let request = &self.request;
         let decline = match &self.status {
             Status::Failed(decline) => Some(decline),
@@ -419,34 +426,52 @@ impl Charge {
     }
 }
 
-#[derive(Serialize)]
+/// A charge as it stands in an answer.
+#[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 #[expect(clippy::struct_excessive_bools, reason = "Stripe's shape")]
-struct Wire<'a> {
+pub(crate) struct Wire<'a> {
     id: ChargeId,
+    /// `charge`
     object: &'a str,
     amount: Amount,
+    /// What was taken of the amount; 0 until the capture.
     amount_captured: i64,
+    /// What was given back.
     amount_refunded: i64,
     captured: bool,
+    /// When it was made, in seconds since 1970.
     created: i64,
     currency: Currency,
+    #[schema(required)]
     customer: Option<&'a str>,
+    #[schema(required)]
     description: Option<&'a str>,
+    /// Why it failed, if it did.
+    #[schema(required)]
     failure_code: Option<&'a str>,
+    #[schema(required)]
     failure_message: Option<&'a str>,
+    /// Always false: the sandbox moves no money.
     livemode: bool,
     metadata: &'a BTreeMap<String, String>,
+    #[schema(required)]
     outcome: Option<WireOutcome<'a>>,
     paid: bool,
+    /// Whether all of it was given back.
     refunded: bool,
+    #[schema(required)]
     source: Option<&'a str>,
+    /// `pending`, `succeeded` or `failed`
     status: &'a str,
 }
 
 /// Stripe's `outcome`: how the decision came about.
-#[derive(Serialize)]
-struct WireOutcome<'a> {
+#[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct WireOutcome<'a> {
     network_status: &'a str,
+    #[schema(required)]
     reason: Option<&'a str>,
     risk_level: &'a str,
     seller_message: &'a str,

@@ -14,6 +14,7 @@ use crate::{
     client::command as charge,
     config::{self, Database, LogFormat, RuleChanges, Serve},
     db,
+    http::openapi,
     idempotency::{Key, purge},
     ids::{AccountId, ApiKeyId},
     keys::{self, Windowed},
@@ -64,6 +65,8 @@ enum Task {
     /// Charge once, through a running service
     #[command(after_help = charge::EXIT_CODES)]
     Charge(Box<charge::Options>),
+    /// Print the API's description, OpenAPI 3.1
+    Openapi,
     /// Attack a running service the way real networks do, and audit it
     Storm(Box<storm::Options>),
 }
@@ -278,6 +281,7 @@ impl Cli {
             Task::Purge(database) => purge_now(&database).await,
             Task::Rules(changes) => print(&changes.rules()?.to_string()),
             Task::Charge(options) => charge::run(*options).await,
+            Task::Openapi => print(&openapi::DOCUMENT),
             Task::Storm(options) => storm::run(*options).await,
         }
     }

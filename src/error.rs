@@ -7,6 +7,7 @@
 
 use serde::Serialize;
 use tracing::Level;
+use utoipa::ToSchema;
 
 use crate::{
     charges::Refusal,
@@ -149,6 +150,28 @@ pub struct Entry {
 }
 
 impl Entry {
+    /// A body of this code, to show what it looks like.
+    pub(crate) fn example(&self) -> serde_json::Value {
+        let page = format!("/errors/{}", self.code);
+        serde_json::json!({
+            "type": page,
+            "title": self.title,
+            "status": self.status,
+            "detail": format!("{}. {}", self.title, self.advice),
+            "instance": "req_01a20d6e5ab875ee8183cb72603abe26",
+            "retry": {"same_key": self.same_key, "new_key": self.new_key},
+            "error": {
+                "type": self.error_type,
+                "code": self.code,
+                "message": format!("{}. {}", self.title, self.advice),
+                "param": null,
+                "decline_code": null,
+                "charge": null,
+                "doc_url": page,
+            },
+        })
+    }
+
     /// A client's mistake: not to be sent again as it stands.
     const fn refusal(
         code: &'static str,
@@ -603,8 +626,9 @@ impl From<Trouble> for Error {
 }
 
 /// RFC 9457, with Stripe's `error` and our `retry` as extension members.
-#[derive(Serialize)]
-struct Problem<'a> {
+#[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Problem<'a> {
     r#type: &'a str,
     title: &'a str,
     status: u16,
@@ -619,19 +643,28 @@ struct Problem<'a> {
 }
 
 /// Is it safe and useful to ask again?
-#[derive(Serialize)]
-struct Retry {
+#[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Retry {
     same_key: bool,
     new_key: bool,
 }
 
-#[derive(Serialize)]
-struct StripeError<'a> {
+/// The error as Stripe's SDKs read it.
+#[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct StripeError<'a> {
     r#type: &'a str,
+    /// Stable; clients match on it.
     code: &'a str,
     message: &'a str,
+    /// The parameter that is wrong, in Stripe's bracket form.
+    #[schema(required)]
     param: Option<&'a str>,
+    #[schema(required)]
     decline_code: Option<&'a str>,
+    /// The charge that the error is about.
+    #[schema(required)]
     charge: Option<ChargeId>,
     doc_url: &'a str,
 }

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 use sqlx::{FromRow, PgConnection, PgExecutor, types::Json};
+use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::{
@@ -17,7 +18,8 @@ use crate::{
 };
 
 /// What a client asks for, checked.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
 pub struct RefundRequest {
     /// Of which charge.
     pub charge: ChargeId,
@@ -26,11 +28,12 @@ pub struct RefundRequest {
     /// Why.
     pub reason: Option<Reason>,
     /// For the merchant's programs.
+    #[schema(required = false)]
     pub metadata: BTreeMap<String, String>,
 }
 
 /// Why money is given back: Stripe's reasons.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum Reason {
     /// It was charged twice.
@@ -98,19 +101,7 @@ impl Refund {
 
     /// In Stripe's shape.
     #[must_use]
-    pub fn wire(&self) -> impl Serialize + '_ {
-        #[derive(Serialize)]
-        struct Wire<'a> {
-            id: RefundId,
-            object: &'a str,
-            amount: Amount,
-            charge: ChargeId,
-            created: i64,
-            currency: Currency,
-            metadata: &'a BTreeMap<String, String>,
-            reason: Option<Reason>,
-            status: &'a str,
-        }
+    pub(crate) fn wire(&self) -> Wire<'_> {
         Wire {
             id: self.id,
             object: "refund",
@@ -123,6 +114,25 @@ impl Refund {
             status: "succeeded",
         }
     }
+}
+
+/// A refund as it stands in an answer.
+#[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Wire<'a> {
+    id: RefundId,
+    /// `refund`
+    object: &'a str,
+    amount: Amount,
+    charge: ChargeId,
+    /// When it was made, in seconds since 1970.
+    created: i64,
+    currency: Currency,
+    metadata: &'a BTreeMap<String, String>,
+    #[schema(required)]
+    reason: Option<Reason>,
+    /// `succeeded`
+    status: &'a str,
 }
 
 /// A row of `refunds`.

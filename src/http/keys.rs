@@ -8,6 +8,7 @@ use axum::{
 };
 use chrono::{DateTime, Utc};
 use serde::Serialize;
+use utoipa::ToSchema;
 
 use super::{App, caller::Caller, exchange::Exchange, json, params::Params};
 use crate::{
@@ -21,17 +22,27 @@ use crate::{
     refunds,
 };
 
-#[derive(Serialize)]
-struct Wire<'a> {
+#[derive(Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Wire<'a> {
+    /// `idempotency_key`
     object: &'a str,
     key: &'a str,
+    /// `in_progress` or `answered`
     state: &'a str,
-    /// When the key was first used.
+    /// When the key was first used, in seconds since 1970.
+    #[schema(required)]
     created: Option<i64>,
-    /// Until when the answer is kept; `None` if it is not any more.
+    /// Until when the answer is kept; null if it is not, or not any more.
+    #[schema(required)]
     expires_at: Option<i64>,
+    #[schema(required)]
     response_status: Option<u16>,
+    /// The charge that was made under the key.
+    #[schema(required)]
     charge: Option<ChargeId>,
+    /// The refund that was made under the key.
+    #[schema(required)]
     refund: Option<RefundId>,
 }
 
