@@ -108,7 +108,6 @@ const OF_CHANGES: &[&str] = &[
     "media_type_unsupported",
     "idempotency_key_missing",
     "idempotency_key_invalid",
-    "parameter_invalid",
     "idempotency_key_reused",
     "idempotency_key_in_use",
     "duplicate_request",
@@ -139,6 +138,7 @@ fn described() -> Vec<Described> {
             )],
             codes: &[
                 "parameter_missing",
+                "parameter_invalid",
                 "parameter_invalid_empty",
                 "parameter_invalid_integer",
                 "card_declined",
@@ -184,7 +184,7 @@ fn described() -> Vec<Described> {
             )),
             answer: "Charge",
             query: vec![],
-            codes: &["resource_missing", "metadata_full"],
+            codes: &["parameter_invalid", "resource_missing", "metadata_full"],
         },
         Described {
             method: HttpMethod::Post,
@@ -217,6 +217,7 @@ fn described() -> Vec<Described> {
             query: vec![],
             codes: &[
                 "parameter_missing",
+                "parameter_invalid",
                 "parameter_invalid_empty",
                 "parameter_invalid_integer",
                 "resource_missing",
