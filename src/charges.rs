@@ -773,32 +773,45 @@ pub async fn by_key(
     Ok(charges)
 }
 
-/// One charge of this account; `None` if there is none of this id, or it is
-/// another account's.
+/// Those of these charges that are there, each of its account.
 ///
 /// # Errors
 /// What the database said.
 pub async fn find(
-    executor: impl PgExecutor<'_>,
-    account_id: AccountId,
-    charge_id: ChargeId,
-) -> Result<Option<Charge>, sqlx::Error> {
-    sqlx::query_as!(
-        Row,
+    conn: &mut PgConnection,
+    ids: &[(AccountId, ChargeId)],
+) -> Result<HashMap<(AccountId, ChargeId), Charge>, sqlx::Error> {
+    #[derive(sqlx::FromRow)]
+    struct Found {
+        account_id: Uuid,
+        #[sqlx(flatten)]
+        row: Row,
+    }
+
+    let query = sqlx::query!(
         r#"
-        select charge_id, request_id, amount, currency, customer, source, description,
-            metadata as "metadata: Json<BTreeMap<String, String>>", capture,
-            amount_captured, amount_refunded, status, failure_code, decline_code, failure_message
-        from charges
-        where account_id = $1 and charge_id = $2
+        select charge.account_id, charge.charge_id, charge.request_id, charge.amount,
+            charge.currency, charge.customer, charge.source, charge.description, charge.metadata,
+            charge.capture, charge.amount_captured, charge.amount_refunded, charge.status,
+            charge.failure_code, charge.decline_code, charge.failure_message
+        from unnest($1::uuid[], $2::uuid[]) as input (account_id, charge_id)
+        cross join lateral (
+            select * from charges
+            where charges.account_id = input.account_id
+              and charges.charge_id = input.charge_id
+            limit 1
+        ) as charge
         "#,
-        account_id.0,
-        charge_id.0,
-    )
-    .fetch_optional(executor)
-    .await?
-    .map(Charge::try_from)
-    .transpose()
+        &ids.iter().map(|id| id.0.0).collect::<Vec<_>>(),
+        &ids.iter().map(|id| id.1.0).collect::<Vec<_>>(),
+    );
+    let mut charges = HashMap::new();
+    for row in conn.fetch_all(Unprepared(query)).await? {
+        let found = Found::from_row(&row)?;
+        let charge = Charge::try_from(found.row)?;
+        charges.insert((AccountId(found.account_id), charge.id), charge);
+    }
+    Ok(charges)
 }
 
 /// The charge that carries this key.

@@ -64,7 +64,7 @@ pub struct Serve {
     #[arg(long, env = "QUEUE_MAX", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(1..=1_000_000), value_name = "N")]
     pub queue_max: u32,
 
-    /// Connections for reads; writes have two of their own
+    /// Connections for lists and look-ups; writes and charges by id have two more each
     #[arg(long, env = "POOL_SIZE", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
     pub pool_size: u32,
 

@@ -68,11 +68,7 @@ where
         let error: &sqlx::Error = error.borrow();
         let trouble = Trouble::of(error);
         let pause = pauses.next().unwrap_or_default();
-        let again = matches!(
-            trouble,
-            Trouble::Passing | Trouble::TableLocked | Trouble::RowLocked | Trouble::TimedOut
-        );
-        if !again || Instant::now() + pause >= deadline {
+        if !trouble.passes_for_a_read() || Instant::now() + pause >= deadline {
             warn!(error = %describe(error), "a read failed");
             return Err(trouble);
         }

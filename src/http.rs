@@ -29,6 +29,7 @@ use utoipa_swagger_ui::{Config, SwaggerUi};
 use crate::{
     error::{CATALOGUE, Error},
     idempotency::Rules,
+    reader::Reader,
     writer::Writer,
 };
 use caller::Callers;
@@ -39,6 +40,8 @@ use limit::Limits;
 pub struct App {
     /// Where reads go.
     pub pool: PgPool,
+    /// Where those of a charge by its id go.
+    pub reader: Reader,
     /// Where everything goes that changes something.
     pub writer: Writer,
     /// Who is known.

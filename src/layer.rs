@@ -85,7 +85,7 @@ use tracing::{Instrument, error, warn};
 use crate::{
     db::{self, Trouble, describe},
     error::{Error, Unavailable},
-    http::exchange,
+    http::{command::read_body, exchange},
     idempotency::{
         self, Answer, Claimed, Duplicate, Fingerprint, Key, Rule, Scope,
         store::{self, KeyRow, NewRow},
@@ -182,8 +182,9 @@ impl Idempotent {
         self.with(|s| s.wait = wait)
     }
 
-    /// How long a handler may take, its answer's body included. A process that
-    /// stands still holds a key no longer than this.
+    /// How long a request's body may take to come, and then how long a handler may
+    /// take, its answer's body included. A process that stands still holds a key
+    /// no longer than this.
     #[must_use]
     pub fn time_limit(self, limit: Duration) -> Self {
         self.with(|s| s.time_limit = limit)
@@ -343,9 +344,8 @@ impl Settings {
             return Err(Error::KeyMissing);
         }
         let whose = (self.whose)(&parts).ok_or(Error::ApiKeyInvalid)?;
-        let body = to_bytes(body, self.request_max)
-            .await
-            .map_err(|_| Error::BodyTooLarge(self.request_max))?;
+        let until = Instant::now() + self.time_limit;
+        let body = read_body(&parts.headers, body, self.request_max, until).await?;
         let key = key.map(|key| {
             let account_id =
                 AccountId(Uuid::from_slice(&Sha256::digest(whose)[..16]).unwrap_or_default());

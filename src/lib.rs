@@ -12,6 +12,7 @@
 //! | [`layer`] | the same promises for the handlers of any axum service |
 //! | [`http`] | bytes to commands, answers to bytes |
 //! | [`writer`] | takes commands, writes them many to a transaction, answers after COMMIT |
+//! | [`reader`] | reads charges, many to a statement |
 //! | [`keys`] | builds idempotency keys, for those who ask |
 //! | [`charges`], [`changes`], [`refunds`], [`accounts`], [`idempotency`] | the words of the domain, and the SQL of their tables |
 //! | [`processor`] | what moves the money |
@@ -36,6 +37,7 @@ pub mod layer;
 pub mod money;
 pub mod page;
 pub mod processor;
+pub mod reader;
 pub mod refunds;
 pub mod serve;
 pub mod storm;

@@ -32,6 +32,7 @@ use crate::{
     db::{self, Server, Trouble, Unfit},
     http::{self, App, caller::Callers, limit::Limits},
     idempotency::purge,
+    reader::Reader,
     writer::{self, Writer},
 };
 
@@ -65,6 +66,7 @@ pub async fn run(config: config::Serve) -> Result<(), Failure> {
     wait_until_fit(&server).await?;
 
     let pool = server.pool(config.pool_size);
+    let reader = Reader::start(&server);
     let writer = Writer::start(writer::Options {
         server,
         batch_max: config.batch_max.into(),
@@ -75,6 +77,7 @@ pub async fn run(config: config::Serve) -> Result<(), Failure> {
     let app = App {
         callers: Callers::new(pool.clone()),
         pool: pool.clone(),
+        reader,
         writer: writer.clone(),
         wait: config.duplicate_wait,
         rules,

@@ -171,6 +171,30 @@ async fn a_key_belongs_to_a_request_and_to_a_caller(pool: PgPool) {
     }
 }
 
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_body_that_breaks_off_or_never_ends_is_refused(pool: PgPool) {
+    let layer = layer(&pool).time_limit(Duration::from_millis(300));
+    let service = service(&pool, layer, || async {}).await;
+    let broken = [Ok(Bytes::from("{")), Err(std::io::Error::other("broken"))];
+    for (body, status, code) in [
+        (
+            Body::from_stream(stream::iter(broken)),
+            400,
+            "parameter_unreadable",
+        ),
+        (
+            Body::from_stream(stream::pending::<Result<Bytes, Infallible>>()),
+            503,
+            "unavailable",
+        ),
+    ] {
+        let mut request = ask("key_1");
+        *request.body_mut() = body;
+        send(&service, request).await.assert_error(status, code);
+    }
+    assert_eq!(count(&pool, "idempotency_keys").await, 0);
+}
+
 #[sqlx::test(migrations = false)]
 async fn what_is_no_request_with_a_key_is_refused_or_passed(pool: PgPool) {
     shop::set_up(&pool).await.unwrap();

@@ -143,9 +143,10 @@ impl Statement {
                 charges::withdraw(tx, &commands).await
             }
             Self::ByKey => charges::by_key(tx, &scopes).await.map(drop),
-            Self::Find => charges::find(&mut *tx, ACCOUNT, ChargeId::new())
-                .await
-                .map(drop),
+            Self::Find => {
+                let ids: Vec<_> = there.iter().copied().collect();
+                charges::find(tx, &ids).await.map(drop)
+            }
             Self::List => charges::list(&mut *tx, ACCOUNT, None, &middle)
                 .await
                 .map(drop),
@@ -244,10 +245,10 @@ impl Planned {
             OfKey, Purge, Read, RefundOfKey, RefundsByKey, Withdraw,
         };
         match statement {
-            ClaimAndInsert | Read | FreeExpired | ClaimAndAnswer | Withdraw | ByKey
+            ClaimAndInsert | Read | FreeExpired | ClaimAndAnswer | Withdraw | ByKey | Find
             | LockAndSave | RefundsByKey | InsertRefunds => statement.run(&mut self.writer).await,
-            Find | List | ListOfCustomer | ListBackwards | ListRefunds | ListRefundsOfCharge
-            | OfKey | RefundOfKey | Authenticate | Purge => statement.run(&mut self.reader).await,
+            List | ListOfCustomer | ListBackwards | ListRefunds | ListRefundsOfCharge | OfKey
+            | RefundOfKey | Authenticate | Purge => statement.run(&mut self.reader).await,
         }
     }
 

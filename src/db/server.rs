@@ -72,7 +72,7 @@ pub async fn connect(options: &PgConnectOptions) -> Result<PgConnection, sqlx::E
 pub struct Server {
     options: PgConnectOptions,
     begin: Arc<str>,
-    pub(super) behind_pooler: bool,
+    pub(crate) behind_pooler: bool,
 }
 
 impl Server {

@@ -46,6 +46,15 @@ impl Trouble {
         }
     }
 
+    /// Whether a read does well to be tried again.
+    #[must_use]
+    pub fn passes_for_a_read(self) -> bool {
+        matches!(
+            self,
+            Self::Passing | Self::TableLocked | Self::RowLocked | Self::TimedOut
+        )
+    }
+
     fn of_sqlstate(code: &str) -> Self {
         match code {
             // A rollback of the server's making (serialization, unknown

@@ -231,11 +231,8 @@ async fn find(
     caller: Caller,
     id: ChargeId,
 ) -> Result<Option<Charge>, Error> {
-    let charge = db::read(exchange.deadline, || {
-        charges::find(&app.pool, caller.account_id, id)
-    })
-    .await?;
-    Ok(charge)
+    let asked = app.reader.charge(caller.account_id, id, exchange.deadline);
+    Ok(asked.await?)
 }
 
 /// Whether the request says that it is no duplicate of one that it looks like.

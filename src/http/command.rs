@@ -87,7 +87,7 @@ impl<T: FromParams> FromRequest<App> for Command<T> {
         if let Some(query) = parts.uri.query() {
             Params::from_form(query.as_bytes())?.finish()?;
         }
-        let body = read_body(&parts.headers, body, exchange.deadline).await?;
+        let body = read_body(&parts.headers, body, BODY_MAX, exchange.deadline).await?;
         let mut params = match media_type {
             Some(MediaType::Json) => Params::from_json(&body)?,
             Some(MediaType::Form) => Params::from_form(&body)?,
@@ -167,20 +167,21 @@ fn idempotency_key(headers: &HeaderMap) -> Result<Option<Key>, Error> {
 
 /// The whole body, or an error at the deadline: one that never ends would keep
 /// its connection, and a shutdown, waiting.
-async fn read_body(
+pub(crate) async fn read_body(
     headers: &HeaderMap,
     body: axum::body::Body,
+    max: usize,
     deadline: Instant,
 ) -> Result<Bytes, Error> {
     let announced = headers
         .get(header::CONTENT_LENGTH)
         .and_then(|length| length.to_str().ok()?.parse::<usize>().ok());
-    if announced.is_some_and(|length| length > BODY_MAX) {
-        return Err(Error::BodyTooLarge(BODY_MAX));
+    if announced.is_some_and(|length| length > max) {
+        return Err(Error::BodyTooLarge(max));
     }
-    match timeout_at(deadline, axum::body::to_bytes(body, BODY_MAX)).await {
+    match timeout_at(deadline, axum::body::to_bytes(body, max)).await {
         Ok(Ok(bytes)) => Ok(bytes),
-        Ok(Err(error)) if is_too_long(&error) => Err(Error::BodyTooLarge(BODY_MAX)),
+        Ok(Err(error)) if is_too_long(&error) => Err(Error::BodyTooLarge(max)),
         Ok(Err(_)) => Err(Error::Parameter(BadParameter {
             code: ParameterCode::Unreadable,
             param: None,

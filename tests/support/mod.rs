@@ -22,6 +22,7 @@ use payonce::{
     ids::{AccountId, RequestId},
     money::{Amount, Currency},
     processor::Outcome,
+    reader::Reader,
     writer::{self, Writer},
 };
 use serde_json::{Value, json};
@@ -215,6 +216,7 @@ fn app_on(server: &Server, settings: &Settings) -> App {
     App {
         callers: Callers::new(pool.clone()),
         pool,
+        reader: Reader::start(server),
         writer,
         wait: settings.wait,
         rules: Rules::with(&[payment.parse().unwrap()]).unwrap(),
