@@ -31,7 +31,7 @@ const API_KEY: &str = "sk_test_aaaaaaaaaaaaaaaaaaaaaaaa";
 
 /// What a small server does with a request.
 #[derive(Clone)]
-enum Act {
+pub enum Act {
     /// Says this, and closes.
     Say(String),
     /// Closes without a word.
@@ -45,14 +45,14 @@ enum Act {
 }
 
 /// A request as it came.
-struct Seen {
+pub struct Seen {
     at: Instant,
     head: String,
-    body: String,
+    pub body: String,
 }
 
 impl Seen {
-    fn header(&self, name: &str) -> &str {
+    pub fn header(&self, name: &str) -> &str {
         let line = self.head.lines().find_map(|line| {
             let (key, value) = line.split_once(": ")?;
             key.eq_ignore_ascii_case(name).then_some(value)
@@ -62,9 +62,9 @@ impl Seen {
 }
 
 /// Does one act for each request; the last one for all that come after.
-struct Server {
-    url: String,
-    seen: Arc<Mutex<Vec<Seen>>>,
+pub struct Server {
+    pub url: String,
+    pub seen: Arc<Mutex<Vec<Seen>>>,
 }
 
 impl Server {
@@ -73,7 +73,7 @@ impl Server {
     }
 
     /// In front of the service at this address.
-    async fn before(service: &str, acts: impl Into<Vec<Act>>) -> Self {
+    pub async fn before(service: &str, acts: impl Into<Vec<Act>>) -> Self {
         let (service, acts) = (service.to_owned(), acts.into());
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());

@@ -24,5 +24,6 @@ mod plans;
 mod pooler;
 mod purge;
 mod same_answer;
+mod sdk;
 mod storm;
 mod wire;
