@@ -1,7 +1,7 @@
 //! Charges: what is asked for, what becomes of it, and the SQL of its table.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     time::Duration,
 };
 
@@ -163,8 +163,9 @@ pub struct CreateCharge {
 }
 
 /// The guard against a client that mints a new key for each retry: a key of its
-/// own that stands for account, customer, amount and currency, and is held by
-/// the last charge of them.
+/// own that stands for account, customer, amount and currency, and is held for a
+/// window by the first charge of them; what is let through beside it changes
+/// nothing about that.
 ///
 /// It is claimed in the charge's transaction, and not looked at before: of any
 /// number of requests at once, on any number of replicas, one gets it.
@@ -901,8 +902,9 @@ pub struct Locked {
     pub row: String,
 }
 
-/// Locks charges, each `(account, charge)` once, in their order; `None` where
-/// there is none.
+/// Locks charges, each `(account, charge)` once, in their order; leaves out those
+/// that are not there, and those that another transaction holds: to wait for one
+/// would keep the whole batch waiting, and halving it all others.
 ///
 /// Whoever else locks them does it in the order of the ids too, so two batches
 /// cannot wait for each other in a circle.
@@ -934,7 +936,7 @@ pub async fn lock(
             where charges.account_id = input.account_id
               and charges.charge_id = input.charge_id
             limit 1
-            for update
+            for update skip locked
         ) as charge
         "#,
         &ids.iter().map(|id| id.0.0).collect::<Vec<_>>(),
@@ -954,6 +956,36 @@ pub async fn lock(
         );
     }
     Ok(locked)
+}
+
+/// Which of these charges there are, whoever holds them.
+///
+/// # Errors
+/// What the database said.
+pub async fn there(
+    conn: &mut PgConnection,
+    ids: &BTreeSet<(AccountId, ChargeId)>,
+) -> Result<HashSet<(AccountId, ChargeId)>, sqlx::Error> {
+    let query = sqlx::query!(
+        r#"
+        select charge.account_id, charge.charge_id
+        from unnest($1::uuid[], $2::uuid[]) as input (account_id, charge_id)
+        cross join lateral (
+            select charges.account_id, charges.charge_id from charges
+            where charges.account_id = input.account_id
+              and charges.charge_id = input.charge_id
+            limit 1
+        ) as charge
+        "#,
+        &ids.iter().map(|id| id.0.0).collect::<Vec<_>>(),
+        &ids.iter().map(|id| id.1.0).collect::<Vec<_>>(),
+    );
+    let mut there = HashSet::new();
+    for row in conn.fetch_all(Unprepared(query)).await? {
+        let (account_id, charge_id) = <(Uuid, Uuid)>::from_row(&row)?;
+        there.insert((AccountId(account_id), ChargeId(charge_id)));
+    }
+    Ok(there)
 }
 
 /// Writes what has changed of charges that this transaction has locked.

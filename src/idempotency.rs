@@ -10,6 +10,12 @@
 //! | answered | with answer | one | same fingerprint: the replay; another: 422 |
 //! | expired | with answer, `expires_at` past, or purged | one | the key is claimed anew for the charge that is there; then as answered |
 //!
+//! What outlives the answer: a charge and a refund carry their key for good. A
+//! capture happens once by itself, so its very late retry is told that it did. An
+//! update is forgotten with its answer. Over kinds of operation a key is
+//! remembered as long as its answer is kept: a day later a refund's key can name a
+//! charge.
+//!
 //! What holds in every state that can be seen from outside a transaction:
 //!
 //! 1. At most one charge carries a key (`charges_idempotency_key_key`).

@@ -45,6 +45,10 @@
 //! | the answer to COMMIT is lost | 503; the retry finds whichever of the two is true |
 //! | another replica holds the key | the request waits, then gets 409 |
 //!
+//! In the transaction `statement_timeout` and
+//! `idle_in_transaction_session_timeout` are the layer's, made of its time limit;
+//! all other settings are those of the pool's session.
+//!
 //! Work that reaches beyond the database (an e-mail, a call) is not part of the
 //! transaction and can happen twice: give it a key of its own, made of this
 //! request's.
@@ -61,7 +65,7 @@ use std::{
 
 use axum::{
     body::{Body, Bytes, to_bytes},
-    extract::{FromRequestParts, Request},
+    extract::{FromRequestParts, OriginalUri, Request},
     http::{
         HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header, request::Parts,
         response::Parts as Head,
@@ -71,7 +75,7 @@ use axum::{
 use base64::{Engine, engine::general_purpose::STANDARD};
 use rand::RngExt;
 use serde::{Deserialize, Serialize};
-use serde_json::{Value, value::RawValue};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 use sqlx::{AssertSqlSafe, Executor, PgConnection, PgPool, Postgres, Transaction, types::Uuid};
 use tokio::{
@@ -185,9 +189,11 @@ impl Idempotent {
     /// How long a request's body may take to come, and then how long a handler may
     /// take, its answer's body included. A process that stands still holds a key
     /// no longer than this.
+    /// At most 20 days, which is about as long as PostgreSQL can be told.
     #[must_use]
     pub fn time_limit(self, limit: Duration) -> Self {
-        self.with(|s| s.time_limit = limit)
+        let (min, max) = (Duration::from_millis(1), Duration::from_hours(20 * 24));
+        self.with(|s| s.time_limit = limit.clamp(min, max))
     }
 
     /// The largest request and the largest answer, in bytes, instead of 1 MiB.
@@ -350,7 +356,10 @@ impl Settings {
             let account_id =
                 AccountId(Uuid::from_slice(&Sha256::digest(whose)[..16]).unwrap_or_default());
             let counts = STANDARD.encode((self.what_counts)(&parts, &body));
-            let path = parts.uri.path_and_query().map_or("/", |path| path.as_str());
+            // A nested router takes its prefix off, and `/a/x` is not `/b/x`.
+            let original = parts.extensions.get::<OriginalUri>();
+            let uri = original.map_or(&parts.uri, |OriginalUri(uri)| uri);
+            let path = uri.path_and_query().map_or("/", |path| path.as_str());
             let fingerprint = Fingerprint::new(parts.method.as_str(), path, &counts);
             (Scope { account_id, key }, fingerprint)
         });
@@ -438,6 +447,12 @@ impl Settings {
                 error!(request_id = %id, error = %describe(&error), "the handler's transaction had failed or was ended");
                 fault(&error)
             })?;
+        } else {
+            // PostgreSQL answers the COMMIT of a transaction that failed with
+            // ROLLBACK, which sqlx takes for success.
+            step(async { transaction.execute("select").await })
+                .await
+                .map_err(|error| fault(&error))?;
         }
         step(transaction.commit())
             .await
@@ -476,7 +491,10 @@ impl Settings {
         let idle = self.time_limit.as_millis();
         let statement = idle + 1000;
         let begin = format!(
-            "begin isolation level read committed; set local lock_timeout = '250ms'; \
+            "begin isolation level read committed; \
+             select set_config('payonce.lock_timeout', current_setting('lock_timeout'), true), \
+             set_config('payonce.enable_seqscan', current_setting('enable_seqscan'), true); \
+             set local lock_timeout = '250ms'; \
              set local enable_seqscan = off; \
              set local idle_in_transaction_session_timeout = '{idle}ms'; \
              set local statement_timeout = '{statement}ms'"
@@ -496,7 +514,10 @@ impl Settings {
             }
         }
         transaction
-            .execute("set local lock_timeout to default; set local enable_seqscan to default")
+            .execute(
+                "select set_config('lock_timeout', current_setting('payonce.lock_timeout'), true), \
+                 set_config('enable_seqscan', current_setting('payonce.enable_seqscan'), true)",
+            )
             .await?;
         Ok(Some(Got::Transaction(transaction)))
     }
@@ -544,7 +565,8 @@ impl Settings {
         // Most answers are JSON, and are stored as what they are, byte for byte.
         let json = str::from_utf8(body)
             .ok()
-            .filter(|text| serde_json::from_str::<&RawValue>(text).is_ok());
+            // Not RawValue: it takes what is nested deeper than PostgreSQL does.
+            .filter(|text| serde_json::from_str::<Value>(text).is_ok());
         let stored = StoredHead {
             headers,
             body_is_base64: json.is_none(),
@@ -603,8 +625,23 @@ fn meaning(headers: &HeaderMap, body: &Bytes) -> Vec<u8> {
     let canonical = is_json
         .then(|| serde_json::from_slice::<Value>(body).ok())
         .flatten()
+        .filter(is_exact)
         .and_then(|value| serde_json_canonicalizer::to_vec(&value).ok());
     canonical.unwrap_or_else(|| body.to_vec())
+}
+
+/// 2^53: up to here every integer is a double.
+const EXACT: f64 = 9_007_199_254_740_992.0;
+
+/// Whether the canonical form, whose numbers are doubles, tells this from others:
+/// integers from 2^53 on are not told apart by it.
+fn is_exact(value: &Value) -> bool {
+    match value {
+        Value::Number(number) => number.as_f64().is_some_and(|n| n.abs() < EXACT),
+        Value::Array(items) => items.iter().all(is_exact),
+        Value::Object(fields) => fields.values().all(is_exact),
+        Value::Null | Value::Bool(_) | Value::String(_) => true,
+    }
 }
 
 async fn step<T>(future: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {

@@ -257,16 +257,19 @@ async fn reads_come_back_after_their_connections_died_silently(pool: PgPool) {
     let proxy = Proxy::to(&pool).await;
     let service = Service::start(&pool).await.behind(&proxy);
     let id = service.charge("order_1").send().await.charge_id();
-    let path = format!("/v1/charges/{id}");
+    // A list goes over the pool, a charge by its id over the reader.
+    let by_id = format!("/v1/charges/{id}");
+    let paths = ["/v1/charges", "/v1/charges?limit=1", by_id.as_str()];
+    for path in paths {
+        assert_eq!(service.get(path).send().await.status, 200);
+    }
     let lock = pool
         .begin_with("begin; lock table charges in access exclusive mode")
         .await
         .unwrap();
-    // As many as the pool has connections.
-    let reads: Vec<_> = (0..2)
-        .map(|_| tokio::spawn(service.get(&path).send()))
-        .collect();
-    are_blocked(&pool, 2).await;
+    // As many as the pool has connections, and one.
+    let reads = paths.map(|path| tokio::spawn(service.get(path).send()));
+    are_blocked(&pool, 3).await;
     proxy.set(Network::Frozen);
     lock.rollback().await.unwrap();
     tokio::time::sleep(Duration::from_millis(100)).await;
@@ -275,7 +278,9 @@ async fn reads_come_back_after_their_connections_died_silently(pool: PgPool) {
         let read = read.await.unwrap();
         assert_eq!(read.status, 200, "{read:?}");
     }
-    assert_eq!(service.get(&path).send().await.status, 200);
+    for path in paths {
+        assert_eq!(service.get(path).send().await.status, 200);
+    }
 }
 
 /// Ten seconds for the exchange, and not for each of its parts.

@@ -213,6 +213,13 @@ async fn a_guard_that_is_in_flight_is_waited_for(pool: PgPool) {
         // What another replica's transaction does with the guard.
         let mut holder = pool.begin_with("begin").await.unwrap();
         sqlx::query(
+            "select pg_advisory_xact_lock(hashtextextended(key, uuid_hash_extended(account_id, 0)))
+             from idempotency_keys where key like 'guard %'",
+        )
+        .execute(&mut *holder)
+        .await
+        .unwrap();
+        sqlx::query(
             "update idempotency_keys set expires_at = now() + interval '1 minute'
              where key like 'guard %'",
         )

@@ -23,6 +23,7 @@ mod other_request_refused;
 mod plans;
 mod pooler;
 mod purge;
+mod regressions;
 mod same_answer;
 mod sdk;
 mod storm;

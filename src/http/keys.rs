@@ -1,5 +1,9 @@
 //! `/v1/idempotency_keys/{key}`: what became of a key, for a client that lost
 //! its answer and its patience.
+//!
+//! 404 says that nothing is there yet, and not that nothing will be: a request can
+//! still be on its way, or wait in another replica's queue, for as long as a
+//! request may take. Who takes it for "never" and mints a new key pays twice.
 
 use axum::{
     extract::{Path, RawQuery, State, rejection::PathRejection},
@@ -63,10 +67,13 @@ pub(super) async fn retrieve(
         account_id: caller.account_id,
         key: key.ok_or_else(|| missing.clone())?,
     };
+    // Asked for on both sides, since what is at it here has written its row when
+    // it is at it no more.
+    let was_at_it = app.writer.is_at(&scope);
     let history = db::read(exchange.deadline, || store::history(&app.pool, &scope)).await?;
-    // Asked for when the row was not there: whoever works on the key now has
-    // written it by the time that nobody is at it any more.
-    let at_it = history == History::InUse || app.writer.is_at(&scope);
+    let at_it = was_at_it && history == History::Unknown
+        || history == History::InUse
+        || app.writer.is_at(&scope);
     let (created, answered) = match history {
         History::Answered { created, answered } if !at_it => (Some(created), answered),
         History::Unknown if !at_it => (None, None),

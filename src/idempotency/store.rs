@@ -181,8 +181,8 @@ pub enum History {
 /// What the database said.
 pub async fn history(pool: &PgPool, scope: &Scope) -> Result<History, sqlx::Error> {
     // Whoever claims a key holds its lock until its row can be seen: so if the
-    // lock is free, and there is no row after that, there was none. Shared, so
-    // that two who ask do not see each other.
+    // lock is free, and there is no row after that, there was none. Looked at and
+    // not tried, since whoever claims the key meanwhile would find it taken.
     for _ in 0..2 {
         let row = sqlx::query!(
             r#"
@@ -207,8 +207,13 @@ pub async fn history(pool: &PgPool, scope: &Scope) -> Result<History, sqlx::Erro
         }
         let free = sqlx::query_scalar!(
             r#"
-            select pg_try_advisory_xact_lock_shared(
-                hashtextextended($2, uuid_hash_extended($1, 0))
+            select not exists (
+                select from pg_locks
+                cross join hashtextextended($2, uuid_hash_extended($1, 0)) as lock (id)
+                where locktype = 'advisory' and objsubid = 1
+                    and database = (select oid from pg_database where datname = current_database())
+                    and classid::bigint = (lock.id >> 32) & 4294967295
+                    and objid::bigint = lock.id & 4294967295
             ) as "free!"
             "#,
             scope.account_id.0,

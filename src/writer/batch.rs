@@ -309,7 +309,12 @@ async fn create(
     }
     stand_guard(conn, commands, &charged, &mut found).await?;
 
-    let existing = positions(&claims, |claim| *claim == Some(Claimed::ChargeExists));
+    let mut existing = positions(&claims, |claim| *claim == Some(Claimed::ChargeExists));
+    // Without a key it can only have met itself: its COMMIT was lost, and its key
+    // has expired since.
+    for i in existing.extract_if(.., |i| !commands[*i].keyed) {
+        found[i] = Found::own(commands[i], None);
+    }
     if !existing.is_empty() {
         let commands: Vec<&CreateCharge> = existing.iter().map(|&i| commands[i]).collect();
         let rows = answer_from_charges(conn, &commands).await?;

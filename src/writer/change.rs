@@ -25,10 +25,14 @@ use crate::{
 /// was purged: the batch has to be done again, and look for such refunds first.
 /// Not looked for always, since it is a round trip, and very late retries are rare.
 pub(super) fn met_an_old_refund(error: &sqlx::Error) -> bool {
-    error
-        .as_database_error()
-        .and_then(|error| error.constraint())
-        == Some("refunds_idempotency_key_key")
+    // The primary key: it is this very refund, whose COMMIT was lost and whose
+    // answer has expired since.
+    matches!(
+        error
+            .as_database_error()
+            .and_then(|error| error.constraint()),
+        Some("refunds_idempotency_key_key" | "refunds_pkey")
+    )
 }
 
 /// What `begin` and `commit` go around. `careful`: looks for refunds that carry a
@@ -59,7 +63,7 @@ pub(super) async fn write(
     if careful {
         claimed = settle_old(conn, changes, claimed, &mut answers).await?;
     }
-    let missing = perform(conn, changes, &claimed, &mut answers).await?;
+    let (missing, held) = perform(conn, changes, &claimed, &mut answers).await?;
 
     let rows: Vec<_> = answers
         .iter()
@@ -75,8 +79,10 @@ pub(super) async fn write(
     if !rows.is_empty() {
         store::answer(conn, &rows).await?;
     }
-    if !missing.is_empty() {
-        let scopes: Vec<&Scope> = missing.iter().map(|&i| &changes[i].scope).collect();
+    if !missing.is_empty() || !held.is_empty() {
+        // What is held is `Found::Held` already, and comes back.
+        let undone = missing.iter().chain(&held);
+        let scopes: Vec<&Scope> = undone.map(|&i| &changes[i].scope).collect();
         store::release(conn, &scopes).await?;
     }
     for i in missing {
@@ -93,28 +99,42 @@ pub(super) async fn write(
 }
 
 /// Does the claimed changes, notes their answers, and says which of them are of a
-/// charge that is not there.
+/// charge that is not there, and which of one that another transaction holds.
 async fn perform(
     conn: &mut PgConnection,
     changes: &[&ChangeCharge],
     claimed: &[usize],
     answers: &mut Vec<(usize, Arc<Settled>)>,
-) -> Result<Vec<usize>, sqlx::Error> {
+) -> Result<(Vec<usize>, Vec<usize>), sqlx::Error> {
     let id = |i: usize| (changes[i].scope.account_id, changes[i].charge_id);
     let ids: BTreeSet<_> = claimed.iter().map(|&i| id(i)).collect();
     if ids.is_empty() {
-        return Ok(vec![]);
+        return Ok((vec![], vec![]));
     }
     let mut locked = charges::lock(conn, &ids).await?;
-    let (mut missing, mut made, mut dirty) = (Vec::new(), Vec::new(), HashSet::new());
+    let absent: BTreeSet<_> = ids
+        .into_iter()
+        .filter(|id| !locked.contains_key(id))
+        .collect();
+    let there = if absent.is_empty() {
+        HashSet::new()
+    } else {
+        charges::there(conn, &absent).await?
+    };
+    let (mut missing, mut held) = (Vec::new(), Vec::new());
+    let (mut made, mut dirty) = (Vec::new(), HashSet::new());
     for &i in claimed {
-        let Some(there) = locked.get_mut(&id(i)) else {
-            missing.push(i);
+        let Some(found) = locked.get_mut(&id(i)) else {
+            if there.contains(&id(i)) {
+                held.push(i);
+            } else {
+                missing.push(i);
+            }
             continue;
         };
-        let before = there.charge.clone();
-        let (answer, refund) = changes[i].decide(&mut there.charge);
-        if there.charge != before {
+        let before = found.charge.clone();
+        let (answer, refund) = changes[i].decide(&mut found.charge);
+        if found.charge != before {
             dirty.insert(id(i));
         }
         made.extend(refund.map(|refund| (i, refund)));
@@ -134,7 +154,7 @@ async fn perform(
             .collect();
         refunds::insert(conn, &rows).await?;
     }
-    Ok(missing)
+    Ok((missing, held))
 }
 
 /// Settles the refunds among the claimed that were made at an earlier time, and
