@@ -49,8 +49,6 @@ impl Suite {
             .args(["-B", "-m", "unittest", "-v", cases])
             .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/sdk"))
             .envs(self.settings.iter().map(|(name, value)| (name, value)))
-            // A proxy that is set for the Internet has no way here.
-            .env("no_proxy", "127.0.0.1")
             .stdin(Stdio::null())
             .kill_on_drop(true)
             .output()
