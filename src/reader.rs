@@ -16,7 +16,7 @@ use tokio::{
     sync::{Mutex, mpsc, oneshot},
     time::Instant,
 };
-use tracing::warn;
+use tracing::{error, warn};
 
 use crate::{
     charges::{self, Charge},
@@ -52,11 +52,20 @@ impl Reader {
         let (queue, questions) = mpsc::unbounded_channel();
         let questions = Arc::new(Mutex::new(questions));
         for _ in 0..TASKS {
-            let task = Task {
-                server: server.clone(),
-                conn: None,
-            };
-            tokio::spawn(task.run(Arc::clone(&questions)));
+            let (server, questions) = (server.clone(), Arc::clone(&questions));
+            tokio::spawn(async move {
+                // A panic is a bug, and must not take the reads with it.
+                loop {
+                    let task = Task {
+                        server: server.clone(),
+                        conn: None,
+                    };
+                    if tokio::spawn(task.run(Arc::clone(&questions))).await.is_ok() {
+                        return;
+                    }
+                    error!("a reading task panicked and is started again");
+                }
+            });
         }
         Self { queue }
     }
@@ -77,7 +86,7 @@ impl Reader {
             deadline,
             tell,
         };
-        // A task that ended by a panic has dropped what it had taken.
+        // A task that panics drops what it has taken.
         self.queue.send(question).map_err(|_| Trouble::Refused)?;
         match tokio::time::timeout_at(deadline, answer).await {
             Ok(answer) => answer.unwrap_or(Err(Trouble::Refused)),
@@ -117,10 +126,12 @@ impl Task {
                 return;
             }
             let error = match self.attempt(&batch).await {
-                Ok(mut found) => {
+                Ok(found) => {
                     for question in batch {
-                        // Whoever hung up does not listen.
-                        let _ = question.tell.send(Ok(found.remove(&question.id)));
+                        // Not taken out: others may ask for the same one. Whoever
+                        // hung up does not listen.
+                        let charge = found.get(&question.id).cloned();
+                        let _ = question.tell.send(Ok(charge));
                     }
                     return;
                 }

@@ -258,3 +258,27 @@ async fn a_bad_query_is_refused_by_its_name(pool: PgPool) {
         assert_eq!(reply.value()["error"]["param"], param, "{query}");
     }
 }
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn many_who_read_one_charge_at_once_all_get_it(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    let one = service.charge("order_1").send().await.charge_id();
+    let other = service.charge("order_2").send().await.charge_id();
+    let nobody = "ch_01a20d6e5ab775f2a7b8c2c1d57f3b1e".to_owned();
+    let stranger = service.other_account().await;
+    let reads = (0..256).map(|i| {
+        let (who, id, status) = match i % 4 {
+            0 => (&service, &other, 200),
+            1 => (&service, &nobody, 404),
+            2 => (&stranger, &one, 404),
+            _ => (&service, &one, 200),
+        };
+        let call = who.get(&format!("/v1/charges/{id}"));
+        async move {
+            let reply = call.send().await;
+            assert_eq!(reply.status, status, "{reply:?}");
+            assert!(status == 404 || reply.value()["id"] == **id);
+        }
+    });
+    futures::future::join_all(reads).await;
+}
