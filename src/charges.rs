@@ -902,7 +902,7 @@ pub struct Locked {
     pub row: String,
 }
 
-/// Locks charges, each `(account, charge)` once, in their order; leaves out those
+/// Locks charges, each `(account, charge)` once, in their order. Leaves out those
 /// that are not there, and those that another transaction holds: to wait for one
 /// would keep the whole batch waiting, and halving it all others.
 ///

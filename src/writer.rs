@@ -26,7 +26,8 @@
 //! Changes of charges (captures, refunds, updates) go the general way, between
 //! the same `begin` and `commit`: claim the keys; lock the charges; save them;
 //! insert refunds; store the answers. Six trips for a batch of captures, seven
-//! with refunds.
+//! with refunds; two more where a charge was not to be had, since it is not there or
+//! is held elsewhere.
 //!
 //! Fresh charges take three trips (four with the guard), replays four, whatever
 //! the size of the batch. Nothing else happens while the transaction is open.

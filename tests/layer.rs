@@ -30,7 +30,7 @@ use tower::ServiceExt;
 use crate::support::{Reply, count, eventually, somebody_is_blocked};
 
 #[path = "../examples/shop.rs"]
-#[allow(dead_code, reason = "its main is another program's")]
+#[expect(dead_code, reason = "its main is another program's")]
 mod shop;
 
 /// A small pool of its own on the same database, as a replica has it.

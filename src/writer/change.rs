@@ -1,9 +1,16 @@
 //! Changes of charges in a batch: the general form.
 //!
 //! Claim the keys, lock the charges in the order of their ids, decide in memory,
-//! write, answer. What runs beside it on another replica waits for the charges,
-//! and decides on what this one has left of them; so the sum of refunds never
-//! exceeds what was captured. The database's constraints hold that too.
+//! write, answer. A charge that another transaction holds is passed over: the
+//! changes of it give their keys up and come back in a moment, and decide on what
+//! the other has left. So the sum of refunds never exceeds what was captured. The
+//! database's constraints hold that too.
+//!
+//! Key, answer, charge and refund are one transaction, so what the writer's tables
+//! say of a process that dies, and of a COMMIT whose answer is lost, holds here as
+//! it does for new charges: nothing is there, or all of it, and a retry finds which
+//! by its operation's id. Two replicas with one key: the key's row lets one through;
+//! with two keys and one charge: the charge's lock does.
 
 use std::{
     collections::{BTreeSet, HashSet},
