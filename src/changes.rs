@@ -59,7 +59,35 @@ pub struct ChangeCharge {
     pub change: Change,
 }
 
+/// What a charge says to a change.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Decision {
+    /// It is done, with this answer; and with this refund, if it is one.
+    Done(Answer, Option<Refund>),
+    /// The charge's state does not allow it, and that is the answer.
+    Refused(Answer),
+}
+
 impl ChangeCharge {
+    /// About how much of it goes to the database, in bytes. How large the charge is that
+    /// is read, written and answered is not known yet.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        let (metadata, text) = match &self.change {
+            Change::Capture(_) => return 1024,
+            Change::Refund(request) => (&request.metadata, 0),
+            Change::Update(update) => (
+                &update.metadata,
+                update.description.as_ref().map_or(0, String::len),
+            ),
+        };
+        let metadata: usize = metadata
+            .iter()
+            .map(|(name, text)| name.len() + text.len())
+            .sum();
+        2 * (metadata + text) + 1024
+    }
+
     /// The row of its key while it is not answered yet.
     #[must_use]
     pub fn row(&self) -> NewRow<'_> {
@@ -74,10 +102,10 @@ impl ChangeCharge {
         }
     }
 
-    /// Does it to the charge, and says what is answered; with the refund, if it
-    /// is one. A refusal is answered too, and then the charge is as before.
+    /// Does it to the charge, and says what is answered. After a refusal the charge is
+    /// as before.
     #[must_use]
-    pub fn decide(&self, charge: &mut Charge) -> (Answer, Option<Refund>) {
+    pub fn decide(&self, charge: &mut Charge) -> Decision {
         let done = match &self.change {
             Change::Capture(request) => charge.capture(request.amount).map(|()| None),
             Change::Update(update) => charge.update(update).map(|()| None),
@@ -86,9 +114,9 @@ impl ChangeCharge {
                 .map(|amount| Some(self.refund(charge, request, amount))),
         };
         match done {
-            Ok(None) => (charge.answer(), None),
-            Ok(Some(refund)) => (refund.answer(), Some(refund)),
-            Err(refusal) => (self.refused(refusal), None),
+            Ok(None) => Decision::Done(charge.answer(), None),
+            Ok(Some(refund)) => Decision::Done(refund.answer(), Some(refund)),
+            Err(refusal) => Decision::Refused(self.refused(refusal)),
         }
     }
 

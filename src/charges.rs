@@ -222,6 +222,13 @@ impl Guard {
 }
 
 impl CreateCharge {
+    /// About how much of it goes to the database, in bytes: the charge, the answer that
+    /// repeats it, and what both have around them.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        2 * self.answer.body.len() + 512
+    }
+
     /// The row of its key, as it stands once the charge is made.
     #[must_use]
     pub fn row(&self) -> NewRow<'_> {

@@ -2,6 +2,7 @@
 //! its errors means, and how a read rides out a restart of it.
 
 mod check;
+pub mod replication;
 mod server;
 mod trouble;
 
@@ -16,8 +17,8 @@ use sqlx::{
 use tokio::time::Instant;
 use tracing::warn;
 
-pub use check::{Unfit, check, check_migrations, ready};
-pub use server::{Server, connect, connect_options};
+pub use check::{Readiness, Unfit, check, check_layout, check_migrations, ready};
+pub use server::{Server, Session, connect, connect_options};
 pub use trouble::{Trouble, describe};
 
 /// How long one attempt to read may take: shorter than the time that is left

@@ -97,6 +97,9 @@ pub enum Unavailable {
     ShuttingDown,
     /// The database did not answer, or not within the request's deadline.
     Database,
+    /// No synchronous standby of the database answers, so that nothing that is
+    /// written can be acknowledged.
+    StandbyAway,
     /// A newer release wrote the key's row, and this one cannot compare with it.
     NewerRelease,
 }
@@ -539,6 +542,7 @@ impl Error {
             Self::Unavailable(Unavailable::BodyLate) => "The body did not arrive in time.".to_owned(),
             Self::Unavailable(Unavailable::HandlerLate) => "The request took too long.".to_owned(),
             Self::Unavailable(Unavailable::ShuttingDown) => "The service is stopping.".to_owned(),
+            Self::Unavailable(Unavailable::StandbyAway) => "No synchronous standby of the database confirms what is written.".to_owned(),
             Self::Unavailable(Unavailable::Database) => "The database does not answer.".to_owned(),
             Self::Unavailable(Unavailable::NewerRelease) => {
                 "The key was used with a newer release of the service, and this replica is not there yet.".to_owned()

@@ -165,7 +165,7 @@ impl Task {
     ) -> Result<HashMap<(AccountId, ChargeId), Charge>, sqlx::Error> {
         let mut conn = match self.conn.take() {
             Some(conn) => conn,
-            None => self.server.connect().await?,
+            None => self.server.connect().await?.conn,
         };
         // One question each, however many ask it.
         let mut ids: Vec<_> = batch.iter().map(|question| question.id).collect();

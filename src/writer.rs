@@ -103,7 +103,7 @@ use uuid::Uuid;
 use crate::{
     changes::ChangeCharge,
     charges::CreateCharge,
-    db::Server,
+    db::{Server, replication::Replication},
     error::{Error, Unavailable},
     idempotency::{Answer, Duplicate, FieldDigests, Fingerprint, Rule, Scope},
     ids::{ChargeId, RequestId},
@@ -171,6 +171,10 @@ impl Command {
     of_both!(rule: Rule = command => command.rule, command.rule);
     of_both!(charge_id: ChargeId = command => command.charge.id, command.charge_id);
     of_both!(
+        /// About how much of it goes to the database, in bytes.
+        bytes: usize = command => command.bytes(), command.bytes()
+    );
+    of_both!(
         /// By which its work is found again.
         operation_id: Uuid = command => command.charge.id.0, command.operation_id
     );
@@ -185,8 +189,8 @@ enum Verdict {
     InUse,
     /// Nothing was done, and the key is free, for this reason.
     Undone(Error),
-    /// The database could not be had in time.
-    Unavailable,
+    /// The database could not be had in time, for this reason.
+    Unavailable(Unavailable),
     /// The database refuses this command, or we have a bug.
     Internal,
 }
@@ -239,18 +243,24 @@ impl Writer {
         let queue_max = options.queue_max;
         let jobs = Arc::new(tokio::sync::Mutex::new(jobs));
         let options = Arc::new(options);
+        let replication = Arc::new(Replication::default());
         let mut tasks = JoinSet::new();
         for _ in 0..TASKS {
             let (jobs, options) = (Arc::clone(&jobs), Arc::clone(&options));
+            let replication = Arc::clone(&replication);
             tasks.spawn(async move {
+                let run = || {
+                    let replication = Arc::clone(&replication);
+                    batch::run(Arc::clone(&jobs), Arc::clone(&options), replication)
+                };
                 // A panic is a bug, and must not take the write path with it: its
                 // batch was concluded as Internal when the jobs were dropped.
                 let mut task = JoinSet::new();
-                task.spawn(batch::run(Arc::clone(&jobs), Arc::clone(&options)));
+                task.spawn(run());
                 while let Some(Err(_)) = task.join_next().await {
                     // Without the panic's text, which could hold anything.
                     error!("a writing task panicked and is started again");
-                    task.spawn(batch::run(Arc::clone(&jobs), Arc::clone(&options)));
+                    task.spawn(run());
                 }
             });
         }
@@ -288,8 +298,8 @@ impl Writer {
                 Ok(Ok(Verdict::Row(row))) => return row.judge(&command),
                 Ok(Ok(Verdict::InUse)) if leads => return Err(Error::KeyInUse),
                 Ok(Ok(Verdict::Undone(why))) if leads => return Err(why),
-                Ok(Ok(Verdict::Unavailable)) if leads => {
-                    return Err(Error::Unavailable(Unavailable::Database));
+                Ok(Ok(Verdict::Unavailable(why))) if leads => {
+                    return Err(Error::Unavailable(why));
                 }
                 // Cut off at the shutdown's deadline: it may have been committed.
                 Ok(Err(_)) if leads && self.shared.room.is_closed() => {

@@ -26,5 +26,6 @@ mod purge;
 mod regressions;
 mod same_answer;
 mod sdk;
+mod standby;
 mod storm;
 mod wire;

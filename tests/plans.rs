@@ -222,7 +222,7 @@ impl Planned {
                 .unwrap();
         }
         let server = Server::direct((*pool.connect_options()).clone());
-        let writer = server.connect().await.unwrap();
+        let writer = server.connect().await.unwrap().conn;
         let reader = server.pool(1).acquire().await.unwrap();
         let mut planned = Self {
             writer,

@@ -3,7 +3,7 @@
 use sqlx::{PgConnection, PgPool, migrate::Migrate};
 use tracing::warn;
 
-use super::{Server, Trouble, describe, server::SESSION};
+use super::{Server, Trouble, describe, replication, server::SESSION};
 use crate::MIGRATOR;
 
 /// Why a server is not one to serve from.
@@ -34,6 +34,16 @@ pub enum Unfit {
         setting: &'static str,
         /// What could happen.
         consequence: &'static str,
+    },
+    /// A table is laid out in a way that our statements are wrong on.
+    #[error(
+        "the table {table} is {layout}: payonce needs plain tables, as its migrations make them"
+    )]
+    Layout {
+        /// Which one.
+        table: String,
+        /// Partitioned, inherited from, or distributed.
+        layout: &'static str,
     },
     /// Something between us and the server drops our settings.
     #[error(
@@ -66,11 +76,12 @@ impl From<sqlx::Error> for Unfit {
 /// # Errors
 /// The first thing that is in the way.
 pub async fn check(server: &Server) -> Result<(), Unfit> {
-    let mut conn = server.connect().await?;
+    let mut conn = server.connect_to_any().await?;
     // In a transaction, since behind a pooler the settings hold there alone.
     let mut transaction = server.begin(&mut conn).await?;
     check_durability(&mut transaction).await?;
     check_session(server, &mut transaction).await?;
+    check_layout(&mut transaction).await?;
     check_migrations(&mut transaction).await?;
     transaction.rollback().await?;
     Ok(())
@@ -84,7 +95,8 @@ async fn check_durability(conn: &mut PgConnection) -> Result<(), Unfit> {
             current_setting('full_page_writes') = 'off' as "no_full_page_writes!",
             current_setting('synchronous_commit') as "synchronous_commit!",
             current_setting('server_encoding') <> 'UTF8' as "other_encoding!",
-            pg_is_in_recovery() as "in_recovery!"
+            pg_is_in_recovery() as "in_recovery!",
+            current_setting('transaction_read_only') = 'on' as "read_only!"
         "#
     )
     .fetch_one(conn)
@@ -104,6 +116,11 @@ async fn check_durability(conn: &mut PgConnection) -> Result<(), Unfit> {
             server.in_recovery,
             "recovery in progress",
             "a standby takes no charges: point DATABASE_URL at the primary",
+        ),
+        (
+            server.read_only,
+            "default_transaction_read_only=on",
+            "takes no charges",
         ),
         (
             server.other_encoding,
@@ -155,6 +172,51 @@ async fn check_session(server: &Server, conn: &mut PgConnection) -> Result<(), U
     Ok(())
 }
 
+/// Refuses tables on which a row's `ctid` does not name one row: partitions number
+/// their rows each for itself, and a statement that takes a row by its number would hit
+/// strangers' rows.
+///
+/// # Errors
+/// [`Unfit::Layout`], or that it could not be asked.
+pub async fn check_layout(conn: &mut PgConnection) -> Result<(), Unfit> {
+    let tables: Vec<(String, bool, bool)> = sqlx::query_as(
+        "select relname::text, relkind = 'p' or relispartition,
+             exists (select from pg_inherits where inhparent = pg_class.oid)
+         from pg_class
+         where oid in (to_regclass('idempotency_keys'), to_regclass('charges'), to_regclass('refunds'))
+         order by relname",
+    )
+    .fetch_all(&mut *conn)
+    .await?;
+    for (table, partitioned, inherited) in tables {
+        let layout = match (partitioned, inherited) {
+            (true, _) => "partitioned",
+            (false, true) => "inherited from",
+            (false, false) => continue,
+        };
+        return Err(Unfit::Layout { table, layout });
+    }
+    // Citus keeps its list of distributed tables here.
+    let citus: bool =
+        sqlx::query_scalar("select to_regclass('pg_catalog.pg_dist_partition') is not null")
+            .fetch_one(&mut *conn)
+            .await?;
+    if citus {
+        let table: Option<String> = sqlx::query_scalar(
+            "select logicalrel::text from pg_dist_partition
+             where logicalrel in ('idempotency_keys'::regclass, 'charges'::regclass, 'refunds'::regclass)
+             limit 1",
+        )
+        .fetch_optional(&mut *conn)
+        .await?;
+        if let Some(table) = table {
+            let layout = "distributed";
+            return Err(Unfit::Layout { table, layout });
+        }
+    }
+    Ok(())
+}
+
 /// Says how many migrations the database lacks.
 ///
 /// # Errors
@@ -181,20 +243,42 @@ pub async fn check_migrations(conn: &mut PgConnection) -> Result<(), Unfit> {
     Ok(())
 }
 
+/// What the readiness probe found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Readiness {
+    /// Charges can be made.
+    Ready,
+    /// The server takes no writes.
+    ReadOnly,
+    /// A privilege is missing.
+    NotPrivileged,
+    /// COMMITs wait for a synchronous standby that does not answer.
+    StandbyAway,
+}
+
 /// Whether the database can be written to now, as the readiness probe asks it.
 ///
 /// # Errors
-/// What the database said; also if a table or a privilege is missing.
-pub async fn ready(pool: &PgPool) -> Result<bool, sqlx::Error> {
+/// Any database error; also if a table is missing.
+pub async fn ready(pool: &PgPool) -> Result<Readiness, sqlx::Error> {
     let mut conn = pool.acquire().await?;
-    sqlx::query_scalar!(
+    let found = sqlx::query!(
         r#"
-        select (not pg_is_in_recovery()
-            and has_table_privilege('idempotency_keys', 'insert')
-            and has_table_privilege('charges', 'insert')
-            and has_table_privilege('api_keys', 'select')) as "ready!"
+        select current_setting('transaction_read_only') = 'on' as "read_only!",
+            has_table_privilege('idempotency_keys', 'insert')
+                and has_table_privilege('charges', 'insert')
+                and has_table_privilege('api_keys', 'select') as "privileged!"
         "#
     )
     .fetch_one(&mut *conn)
-    .await
+    .await?;
+    Ok(if found.read_only {
+        Readiness::ReadOnly
+    } else if !found.privileged {
+        Readiness::NotPrivileged
+    } else if replication::stalled(&mut conn).await? {
+        Readiness::StandbyAway
+    } else {
+        Readiness::Ready
+    })
 }

@@ -3,11 +3,15 @@
 use std::{fmt::Write, str::FromStr, sync::Arc, time::Duration};
 
 use sqlx::{
-    AssertSqlSafe, Connection, Executor, PgConnection, PgPool, Postgres, Transaction,
+    AssertSqlSafe, Connection, Executor, PgConnection, PgPool, Postgres, Row, Transaction,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 
-use super::{READ_TIMEOUT, within};
+use super::{
+    READ_TIMEOUT,
+    replication::{STALLED, ServerStart},
+    within,
+};
 
 /// What every session of the service is set to: name, value, and whether it is
 /// about transactions (else it is about the connection).
@@ -25,6 +29,8 @@ pub(super) const SESSION: &[(&str, &str, bool)] = &[
     // was planned while the table was empty would, and a prepared one keeps its
     // plan while the table grows. 838 ms instead of 0.9 for 64 keys were measured.
     ("enable_seqscan", "off", true),
+    // A warning is how the server says that a COMMIT did not wait for its standby.
+    ("client_min_messages", "warning", true),
     // A role's default of repeatable read would turn every lost claim into a
     // serialization failure.
     ("default_transaction_isolation", "read committed", false),
@@ -60,6 +66,34 @@ pub async fn connect(options: &PgConnectOptions) -> Result<PgConnection, sqlx::E
     within(CONNECT_TIMEOUT, PgConnection::connect_with(options)).await
 }
 
+/// A connection to a server that takes writes.
+#[derive(Debug)]
+pub struct Session {
+    /// The connection.
+    pub conn: PgConnection,
+    /// To which server, since when.
+    pub server: ServerStart,
+    /// Whether COMMITs waited for a standby there when it was made.
+    pub stalled: bool,
+}
+
+/// Which server this is, and whether COMMITs wait for a standby there. As plain text,
+/// so that nothing has to be prepared.
+async fn identify(conn: &mut PgConnection) -> Result<(ServerStart, bool), sqlx::Error> {
+    let query = AssertSqlSafe(format!(
+        "select current_setting('transaction_read_only') = 'on',
+            pg_postmaster_start_time()::text, {STALLED}"
+    ));
+    let row = conn.fetch_all(sqlx::raw_sql(query)).await?.pop();
+    let row = row.ok_or(sqlx::Error::RowNotFound)?;
+    if row.try_get(0)? {
+        return Err(sqlx::Error::Protocol(
+            "the server is a standby, or read-only".to_owned(),
+        ));
+    }
+    Ok((ServerStart(row.try_get(1)?), row.try_get(2)?))
+}
+
 /// PostgreSQL as the service reaches it: directly, or through a pooler that
 /// gives each transaction another session (PgBouncer's `pool_mode=transaction`).
 ///
@@ -90,7 +124,10 @@ impl Server {
     /// Reached through a pooler in transaction mode.
     #[must_use]
     pub fn behind_pooler(options: PgConnectOptions) -> Self {
-        let mut begin = "begin isolation level read committed; deallocate all".to_owned();
+        // A standby refuses `read write`: behind a pooler each transaction can meet another
+        // server, and none of ours may be answered by a standby.
+        let mut begin =
+            "begin isolation level read committed read write; deallocate all".to_owned();
         for (name, value, _) in SESSION
             .iter()
             .filter(|(_, _, of_transactions)| *of_transactions)
@@ -105,12 +142,27 @@ impl Server {
         }
     }
 
-    /// One connection, or an error within two seconds.
+    /// One connection, or an error within two seconds, to whatever server answers.
     ///
     /// # Errors
     /// What went wrong; a time-out is an I/O error.
-    pub async fn connect(&self) -> Result<PgConnection, sqlx::Error> {
+    pub async fn connect_to_any(&self) -> Result<PgConnection, sqlx::Error> {
         connect(&self.options).await
+    }
+
+    /// One connection to a server that takes writes, or an error within four seconds.
+    /// A standby may be behind, and what it does not have is not missing.
+    ///
+    /// # Errors
+    /// What went wrong; a time-out is an I/O error, a standby a protocol error.
+    pub async fn connect(&self) -> Result<Session, sqlx::Error> {
+        let mut conn = self.connect_to_any().await?;
+        let (server, stalled) = within(CONNECT_TIMEOUT, identify(&mut conn)).await?;
+        Ok(Session {
+            conn,
+            server,
+            stalled,
+        })
     }
 
     /// Begins a transaction in which the settings are in force: one round trip.
@@ -144,6 +196,7 @@ impl Server {
             // connection that died silently it would keep its place in the pool
             // until the kernel gives up.
             return pool
+                .after_connect(|conn, _| Box::pin(async move { identify(conn).await.map(drop) }))
                 .after_release(|conn, _| {
                     Box::pin(async move { within(READ_TIMEOUT, conn.ping()).await.map(|()| true) })
                 })

@@ -5,7 +5,7 @@ use tracing::warn;
 
 use super::{App, json};
 use crate::{
-    db,
+    db::{self, Readiness},
     error::{Error, Unavailable},
 };
 
@@ -18,8 +18,15 @@ pub(super) async fn live() -> Response {
 /// `GET /readyz`: PostgreSQL takes charges now.
 pub(super) async fn ready(State(app): State<App>) -> Result<Response, Error> {
     match db::within(db::READ_TIMEOUT, db::ready(&app.pool)).await {
-        Ok(true) => return Ok(json(StatusCode::OK, r#"{"status":"ready"}"#.to_owned())),
-        Ok(false) => warn!("not ready: PostgreSQL is a standby, or a privilege is missing"),
+        Ok(Readiness::Ready) => {
+            return Ok(json(StatusCode::OK, r#"{"status":"ready"}"#.to_owned()));
+        }
+        Ok(Readiness::StandbyAway) => {
+            warn!("not ready: no synchronous standby confirms what is written");
+            return Err(Error::Unavailable(Unavailable::StandbyAway));
+        }
+        Ok(Readiness::ReadOnly) => warn!("not ready: PostgreSQL is a standby, or read-only"),
+        Ok(Readiness::NotPrivileged) => warn!("not ready: a privilege is missing"),
         Err(error) => warn!(error = %db::describe(&error), "not ready"),
     }
     Err(Error::Unavailable(Unavailable::Database))

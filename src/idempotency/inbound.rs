@@ -14,7 +14,10 @@ use sqlx::{PgConnection, types::Uuid};
 use super::{
     Answer, Claimed, Duplicate, Fingerprint, Key, Rules, Scenario, Scope, claim, store::NewRow,
 };
-use crate::ids::{AccountId, RequestId};
+use crate::{
+    db::replication,
+    ids::{AccountId, RequestId},
+};
 
 /// By what one message is told from another.
 #[derive(Debug, Clone, Copy)]
@@ -113,6 +116,12 @@ pub async fn accept(
         })
         .collect();
     let claims = claim(conn, &rows).await?;
+    // "Duplicate" is said of rows that others wrote.
+    let standbys =
+        |claim: &Claimed| matches!(claim, Claimed::Answered(row) if row.written_by.is_some());
+    if claims.iter().any(standbys) {
+        replication::leave_record(conn).await?;
+    }
     Ok(messages
         .iter()
         .zip(claims)

@@ -14,7 +14,7 @@ use sqlx::{PgConnection, PgPool, types::Uuid};
 
 use super::{Answer, Fingerprint, Scope};
 use crate::{
-    db::{position, unreadable},
+    db::{position, replication::WrittenBy, unreadable},
     ids::RequestId,
 };
 
@@ -52,6 +52,9 @@ pub struct KeyRow {
     pub answer: Option<Answer>,
     /// The answer is there, and past its time.
     pub expired: bool,
+    /// Who wrote the row, where there are synchronous standbys: what is answered from
+    /// it needs a record of its own, see [`replication`](crate::db::replication).
+    pub written_by: Option<WrittenBy>,
 }
 
 /// Claims keys: inserts their rows where there are none. For each says whether
@@ -121,10 +124,13 @@ pub async fn read(
         r#"
         select input.position as "position!", row.request_hash, row.operation_id,
             row.request_id, row.field_digests, row.response_status, row.response_head::text, row.response_body::text,
-            row.response_status is not null and row.expires_at <= statement_timestamp() as "expired!"
+            row.response_status is not null and row.expires_at <= statement_timestamp() as "expired!",
+            case when current_setting('synchronous_standby_names') <> '' then row.writer::text::int8 end as written_by,
+            (select pg_snapshot_xmin(pg_current_snapshot())::text::int8) as "horizon!",
+            (select pg_snapshot_xmax(pg_current_snapshot())::text::int8) as "snapshot_end!"
         from unnest($1::uuid[], $2::text[]) with ordinality as input (account_id, key, position)
         cross join lateral (
-            select * from idempotency_keys
+            select *, xmin as writer from idempotency_keys
             where idempotency_keys.account_id = input.account_id
               and idempotency_keys.key = input.key collate "C"
             limit 1
@@ -153,6 +159,14 @@ pub async fn read(
             request_id: RequestId(row.request_id),
             answer,
             expired: row.expired,
+            written_by: row.written_by.map(|xmin| {
+                let xid = u32::try_from(xmin).unwrap_or_default();
+                WrittenBy::of(
+                    xid,
+                    row.horizon.cast_unsigned(),
+                    row.snapshot_end.cast_unsigned(),
+                )
+            }),
         });
     }
     Ok(rows)

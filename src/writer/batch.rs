@@ -1,20 +1,27 @@
 //! Takes batches from the queue and sees each through, whatever comes.
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    pin::{Pin, pin},
+    sync::Arc,
+    time::Duration,
+};
 
 use rand::RngExt;
 use sqlx::PgConnection;
 use tokio::{
-    sync::{Mutex, mpsc},
-    time::Instant,
+    sync::{Mutex, mpsc, oneshot},
+    time::{Instant, timeout},
 };
 use tracing::{debug, error, warn};
 
 use super::{Command, Job, Options, Settled, Verdict, change};
 use crate::{
     charges::{self, Claimed, CreateCharge, FindsAnother},
-    db::{self, Trouble, backoff, describe},
-    error::Error,
+    db::{
+        self, Session, Trouble, backoff, describe,
+        replication::{self, Replication, WrittenBy},
+    },
+    error::{Error, Unavailable},
     idempotency::{
         self, Answer, Scope, Taken,
         store::{self, KeyRow, NewRow},
@@ -27,10 +34,20 @@ use crate::{
 /// and short enough for a second attempt within a request's deadline.
 const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(4);
 
+/// A batch takes no more commands once those it has come to so many bytes: two
+/// hundred times what a usual charge needs, and a quarter of a second on a slow
+/// network (4 MB/s). A number of commands alone bounds nothing: 256 with 50 kB each
+/// would take longer than an attempt may, again and again.
+const BATCH_BYTES_MAX: usize = 1 << 20;
+
 /// What an attempt found out about one command.
+#[derive(Debug)]
 pub(super) enum Found {
-    /// Its key's row.
+    /// Its key's row, as this transaction wrote it.
     Row(Arc<Settled>),
+    /// Its key's row, as another transaction wrote it, and which one where there are
+    /// synchronous standbys.
+    Known(Arc<Settled>, Option<WrittenBy>),
     /// Another transaction holds its key, or its guard.
     Held,
     /// Nothing was done, and its key is free, for this reason.
@@ -55,45 +72,99 @@ impl Found {
         let answer = row
             .answer
             .ok_or_else(|| db::unreadable("response_status"))?;
-        Ok(Self::Row(Arc::new(Settled {
+        let settled = Settled {
             fingerprint: row.fingerprint,
             digests: row.digests,
             operation_id: row.operation_id,
             request_id: row.request_id,
             answer,
             duplicate_of: None,
-        })))
+        };
+        Ok(Self::Known(Arc::new(settled), row.written_by))
+    }
+
+    /// The horizon of what was read, if a standby is not known to have it.
+    fn unconfirmed(&self, confirmed: u64) -> Option<u64> {
+        match self {
+            Self::Known(_, Some(by)) if by.xid >= confirmed => Some(by.horizon),
+            _ => None,
+        }
+    }
+
+    /// Whether it holds whatever becomes of the transaction that found it.
+    fn is_durable(&self, confirmed: u64) -> bool {
+        matches!(self, Self::Known(..)) && self.unconfirmed(confirmed).is_none()
+    }
+
+    /// Tells all that wait for the key, or goes back to the queue.
+    fn conclude(self, job: Job) {
+        match self {
+            Self::Row(row) | Self::Known(row, _) => job.conclude(&Verdict::Row(row)),
+            Self::Undone(why) => job.conclude(&Verdict::Undone(why)),
+            Self::Held => come_back_later(job),
+        }
     }
 }
 
 /// One writing task: a connection, and the batches that go over it.
 struct Task {
     options: Arc<Options>,
+    replication: Arc<Replication>,
     /// Opened when it is needed, and dropped after whatever makes it doubtful.
-    conn: Option<PgConnection>,
+    session: Option<Session>,
+}
+
+/// An attempt at a batch that has been begun, and owns its connection.
+type Work = Pin<Box<dyn Future<Output = (Session, Result<(), sqlx::Error>)> + Send>>;
+
+/// How an attempt ended.
+enum Attempted {
+    /// What came back is committed.
+    Committed(Vec<(Job, Found)>),
+    /// Nothing of it is kept here; on the server it may have been committed if the
+    /// error came from the connection.
+    Failed(Vec<Job>, sqlx::Error),
+    /// Our own time-out struck before COMMIT was sent.
+    Late(Vec<Job>),
+    /// Nothing can be committed now: COMMITs wait for a standby.
+    Stalled(Vec<Job>),
 }
 
 /// Takes batches, forever.
-pub(super) async fn run(jobs: Arc<Mutex<mpsc::UnboundedReceiver<Job>>>, options: Arc<Options>) {
+pub(super) async fn run(
+    jobs: Arc<Mutex<mpsc::UnboundedReceiver<Job>>>,
+    options: Arc<Options>,
+    replication: Arc<Replication>,
+) {
     let mut task = Task {
-        conn: None,
         options,
+        replication,
+        session: None,
     };
     loop {
-        let mut batch = Vec::new();
         // Held while waiting, so that the tasks take turns and one gets all
         // that is there.
-        if jobs
-            .lock()
-            .await
-            .recv_many(&mut batch, task.options.batch_max)
-            .await
-            == 0
-        {
+        let batch = next_batch(&mut *jobs.lock().await, task.options.batch_max).await;
+        if batch.is_empty() {
             return;
         }
         task.see_through(batch).await;
     }
+}
+
+/// All that wait, within the bounds of a batch; nothing if nobody can ask any more.
+async fn next_batch(jobs: &mut mpsc::UnboundedReceiver<Job>, count_max: usize) -> Vec<Job> {
+    let mut batch = Vec::new();
+    batch.extend(jobs.recv().await);
+    let mut bytes: usize = batch.iter().map(|job| job.command.bytes()).sum();
+    while batch.len() < count_max
+        && bytes < BATCH_BYTES_MAX
+        && let Ok(job) = jobs.try_recv()
+    {
+        bytes += job.command.bytes();
+        batch.push(job);
+    }
+    batch
 }
 
 impl Task {
@@ -118,22 +189,38 @@ impl Task {
             if part.is_empty() {
                 return None;
             }
-            let error = match self.attempt(&mut part, careful).await {
-                Ok(found) => {
-                    for (job, found) in part.into_iter().zip(found) {
-                        match found {
-                            Found::Row(row) => job.conclude(&Verdict::Row(row)),
-                            Found::Undone(why) => job.conclude(&Verdict::Undone(why)),
-                            Found::Held => come_back_later(job),
-                        }
+            if self.replication.is_stalled() {
+                self.answer_known(part).await;
+                return None;
+            }
+            let error = match self.attempt(part, careful).await {
+                Attempted::Committed(found) => {
+                    for (job, found) in found {
+                        found.conclude(job);
                     }
                     return None;
                 }
-                Err(error) if !careful && change::met_an_old_refund(&error) => {
+                Attempted::Stalled(jobs) => {
+                    part = jobs;
+                    continue;
+                }
+                Attempted::Late(jobs) => {
+                    part = not_in_use_but_ours(jobs);
+                    warn!(batch_len = part.len(), "a batch took too long");
+                    if part.len() > 1 {
+                        return Some(halves(part));
+                    }
+                    continue;
+                }
+                Attempted::Failed(jobs, error) if !careful && change::met_an_old_refund(&error) => {
+                    part = jobs;
                     careful = true;
                     continue;
                 }
-                Err(error) => error,
+                Attempted::Failed(jobs, error) => {
+                    part = jobs;
+                    error
+                }
             };
             let trouble = Trouble::of(&error);
             warn!(error = %describe(&error), ?trouble, batch_len = part.len(), "a batch failed");
@@ -142,15 +229,14 @@ impl Task {
                     tokio::time::sleep(pauses.next().unwrap_or_default()).await;
                 }
                 Trouble::RowLocked | Trouble::TimedOut | Trouble::Refused if part.len() > 1 => {
-                    let second = part.split_off(part.len() / 2);
-                    return Some((part, second));
+                    return Some(halves(part));
                 }
                 Trouble::RowLocked => {
                     part.into_iter().for_each(come_back_later);
                     return None;
                 }
                 Trouble::Exhausted | Trouble::Misconfigured | Trouble::TimedOut => {
-                    conclude_all(part, &Verdict::Unavailable);
+                    conclude_all(part, &Verdict::Unavailable(Unavailable::Database));
                     return None;
                 }
                 Trouble::Refused => {
@@ -169,46 +255,244 @@ impl Task {
         }
     }
 
-    /// One transaction for all. What comes back is committed.
-    ///
-    /// On an error nothing of it is kept here; on the server it may have been
-    /// committed if the error came from the connection.
-    async fn attempt(
-        &mut self,
-        part: &mut [Job],
-        careful: bool,
-    ) -> Result<Vec<Found>, sqlx::Error> {
-        let commands: Vec<&Command> = part.iter().map(|job| &*job.command).collect();
-        let mut conn = match self.conn.take() {
-            Some(conn) => conn,
-            None => self.options.server.connect().await?,
-        };
-        let result: Result<_, sqlx::Error> = db::within(ATTEMPT_TIMEOUT, async {
-            let mut transaction = self.options.server.begin(&mut conn).await?;
-            let found = write(&mut transaction, &commands, careful).await?;
-            transaction.commit().await?;
-            Ok(found)
-        })
-        .await;
-        debug!(batch_len = part.len(), ok = result.is_ok(), "batch");
-        match &result {
-            // Cut off in the middle: the transaction may still be open on the
-            // server, and it may be our own work that holds the keys now.
-            Err(error) if error.as_database_error().is_none() => {
-                for job in part {
-                    job.wait_until = job.deadline;
-                }
-            }
-            Err(error) => match Trouble::of(error) {
-                // The session may be a part of what is wrong.
-                Trouble::Passing | Trouble::Exhausted | Trouble::Misconfigured => {}
-                Trouble::Refused if part.len() == 1 => {}
-                _ => self.conn = Some(conn),
-            },
-            Ok(_) => self.conn = Some(conn),
-        }
-        result
+    /// Connects, and notes what the server says of its standbys.
+    async fn connect(&self) -> Result<Session, sqlx::Error> {
+        let session = self.options.server.connect().await?;
+        self.replication.set_stalled(session.stalled);
+        Ok(session)
     }
+
+    /// One transaction for all.
+    async fn attempt(&mut self, part: Vec<Job>, careful: bool) -> Attempted {
+        let session = match self.session.take() {
+            Some(session) => session,
+            None => match self.connect().await {
+                Ok(session) if session.stalled => {
+                    self.session = Some(session);
+                    return Attempted::Stalled(part);
+                }
+                Ok(session) => session,
+                Err(error) => return Attempted::Failed(part, error),
+            },
+        };
+        let (tell, mut written) = oneshot::channel();
+        let mut work = self.begin(session, &part, careful, tell);
+        let ended = timeout(ATTEMPT_TIMEOUT, &mut work).await;
+        // Sent just before COMMIT is.
+        let written = written.try_recv();
+        debug!(
+            batch_len = part.len(),
+            ok = matches!(ended, Ok((_, Ok(())))),
+            "batch"
+        );
+        match (ended, written) {
+            (Ok((session, Ok(()))), Ok(found)) => {
+                self.session = Some(session);
+                Attempted::Committed(part.into_iter().zip(found).collect())
+            }
+            (Ok((_, Ok(()))), Err(_)) => Attempted::Failed(part, sqlx::Error::WorkerCrashed),
+            (Ok((session, Err(error))), _) => self.failed(session, part, error),
+            (Err(_), Err(_)) => Attempted::Late(part),
+            (Err(_), Ok(found)) => {
+                let part = part.into_iter().zip(found).collect();
+                self.commit_is_late(work, part).await
+            }
+        }
+    }
+
+    /// The transaction, from `begin` to COMMIT. What it found is told before COMMIT is
+    /// sent, and is true when the future comes back with `Ok`.
+    fn begin(
+        &self,
+        mut session: Session,
+        part: &[Job],
+        careful: bool,
+        tell: oneshot::Sender<Vec<Found>>,
+    ) -> Work {
+        let commands: Vec<_> = part.iter().map(|job| Arc::clone(&job.command)).collect();
+        let (options, replication) = (Arc::clone(&self.options), Arc::clone(&self.replication));
+        Box::pin(async move {
+            let Session { conn, server, .. } = &mut session;
+            let result = async {
+                let commands: Vec<&Command> = commands.iter().map(|command| &**command).collect();
+                let mut transaction = options.server.begin(conn).await?;
+                let found = write(&mut transaction, &commands, careful).await?;
+                let confirmed = replication.confirmed(server);
+                let unconfirmed = found
+                    .iter()
+                    .filter_map(|found| found.unconfirmed(confirmed));
+                let horizon = unconfirmed.min();
+                if horizon.is_some() {
+                    replication::leave_record(&mut transaction).await?;
+                }
+                // Nobody listens if the attempt was given up.
+                let _ = tell.send(found);
+                replication::commit(transaction).await?;
+                if let Some(horizon) = horizon {
+                    replication.confirm(server, horizon);
+                }
+                Ok(())
+            }
+            .await;
+            (session, result)
+        })
+    }
+
+    /// Keeps the connection if it is in order.
+    fn failed(&mut self, session: Session, part: Vec<Job>, error: sqlx::Error) -> Attempted {
+        if error.as_database_error().is_none() {
+            return Attempted::Failed(not_in_use_but_ours(part), error);
+        }
+        match Trouble::of(&error) {
+            // The session may be a part of what is wrong.
+            Trouble::Passing | Trouble::Exhausted | Trouble::Misconfigured => {}
+            Trouble::Refused if part.len() == 1 => {}
+            _ => self.session = Some(session),
+        }
+        Attempted::Failed(part, error)
+    }
+
+    /// COMMIT was sent and has not come back: the network is silent, or the server
+    /// waits for a standby. In the second case another attempt would wait behind it,
+    /// and another connection with it, once per attempt until the server has none
+    /// left. So this one is left alone until it comes back, and nothing else is
+    /// committed meanwhile. It is not cancelled either: its rows would be seen, and no
+    /// standby would have them.
+    async fn commit_is_late(&mut self, work: Work, part: Vec<(Job, Found)>) -> Attempted {
+        let server = self.connect().await.map(|session| {
+            let server = session.server.clone();
+            self.session = Some(session);
+            server
+        });
+        let stalled = server.is_ok() && self.replication.is_stalled();
+        if !stalled {
+            let part = part.into_iter().map(|(job, _)| job).collect();
+            let late = std::io::ErrorKind::TimedOut.into();
+            return Attempted::Failed(not_in_use_but_ours(part), sqlx::Error::Io(late));
+        }
+        let confirmed = server.map_or(0, |server| self.replication.confirmed(&server));
+        let (durable, rest): (Vec<_>, Vec<_>) = part
+            .into_iter()
+            .partition(|(_, found)| found.is_durable(confirmed));
+        for (job, found) in durable {
+            found.conclude(job);
+        }
+        tokio::spawn(wait_for_standby(work, rest, Arc::clone(&self.replication)));
+        Attempted::Committed(vec![])
+    }
+
+    /// While COMMITs wait for a standby: answers the keys whose rows a standby is known
+    /// to have, which takes no COMMIT that waits. All others come back in a moment, and
+    /// are given up at their deadline.
+    async fn answer_known(&mut self, part: Vec<Job>) {
+        let known = self.look_up(&part).await.unwrap_or_else(|error| {
+            warn!(error = %describe(&error), batch_len = part.len(), "a look-up of keys failed");
+            vec![None; part.len()]
+        });
+        for (job, known) in part.into_iter().zip(known) {
+            let pause = Duration::from_millis(rand::rng().random_range(100..=200));
+            if let Some(row) = known {
+                job.conclude(&Verdict::Row(row));
+            } else if !self.replication.is_stalled() {
+                job.enqueue();
+            } else if Instant::now() + pause < job.deadline {
+                job.enqueue_after(pause);
+            } else {
+                job.conclude(&Verdict::Unavailable(Unavailable::StandbyAway));
+            }
+        }
+    }
+
+    /// The rows of these jobs' keys that are durable already. Notes as well whether
+    /// COMMITs still wait.
+    async fn look_up(&mut self, part: &[Job]) -> Result<Vec<Option<Arc<Settled>>>, sqlx::Error> {
+        let mut session = match self.session.take() {
+            Some(session) => session,
+            None => self.connect().await?,
+        };
+        let scopes: Vec<_> = part.iter().map(|job| job.command.scope()).collect();
+        let (stalled, rows) = db::within(ATTEMPT_TIMEOUT, async {
+            let mut transaction = self.options.server.begin(&mut session.conn).await?;
+            let stalled = replication::stalled(&mut transaction).await?;
+            let rows = store::read(&mut transaction, &scopes).await?;
+            transaction.commit().await?;
+            Ok::<_, sqlx::Error>((stalled, rows))
+        })
+        .await?;
+        self.replication.set_stalled(stalled);
+        let confirmed = self.replication.confirmed(&session.server);
+        self.session = Some(session);
+        let answered = |row: KeyRow| {
+            let found = Found::row(row).ok()?;
+            match found {
+                Found::Known(row, by) if by.is_none_or(|by| by.xid < confirmed) => Some(row),
+                _ => None,
+            }
+        };
+        Ok(rows
+            .into_iter()
+            .map(|row| row.filter(|row| !row.expired).and_then(answered))
+            .collect())
+    }
+}
+
+/// Waits for the COMMIT of an attempt that waits for a standby, and concludes its jobs
+/// by it, or at their deadlines. Where the standby is back, and the COMMIT still is not,
+/// the connection is dead.
+async fn wait_for_standby(
+    mut work: Work,
+    mut part: Vec<(Job, Found)>,
+    replication: Arc<Replication>,
+) {
+    let dead = async {
+        replication.flows().await;
+        tokio::time::sleep(ATTEMPT_TIMEOUT).await;
+    };
+    let mut dead = pin!(dead);
+    loop {
+        let deadline = part.iter().map(|(job, _)| job.deadline).min();
+        let overdue = async {
+            match deadline {
+                Some(deadline) => tokio::time::sleep_until(deadline).await,
+                None => std::future::pending().await,
+            }
+        };
+        let committed = tokio::select! {
+            (_, result) = &mut work => result.is_ok(),
+            () = &mut dead => false,
+            () = overdue => {
+                let now = Instant::now();
+                let late = part.extract_if(.., |(job, _)| job.deadline <= now);
+                for (job, _) in late {
+                    job.conclude(&Verdict::Unavailable(Unavailable::StandbyAway));
+                }
+                continue;
+            }
+        };
+        for (mut job, found) in part {
+            if committed {
+                found.conclude(job);
+            } else {
+                job.wait_until = job.deadline;
+                job.enqueue();
+            }
+        }
+        return;
+    }
+}
+
+/// Cut off in the middle: the transaction may still be open on the server, and it may
+/// be our own work that holds the keys now.
+fn not_in_use_but_ours(mut part: Vec<Job>) -> Vec<Job> {
+    for job in &mut part {
+        job.wait_until = job.deadline;
+    }
+    part
+}
+
+fn halves(mut part: Vec<Job>) -> (Vec<Job>, Vec<Job>) {
+    let second = part.split_off(part.len() / 2);
+    (part, second)
 }
 
 fn conclude_all(part: Vec<Job>, verdict: &Verdict) {
@@ -221,7 +505,7 @@ fn conclude_all(part: Vec<Job>, verdict: &Verdict) {
 fn give_up_late(part: Vec<Job>) -> Vec<Job> {
     let now = Instant::now();
     let (late, rest): (Vec<_>, Vec<_>) = part.into_iter().partition(|job| job.deadline <= now);
-    conclude_all(late, &Verdict::Unavailable);
+    conclude_all(late, &Verdict::Unavailable(Unavailable::Database));
     rest
 }
 

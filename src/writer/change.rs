@@ -11,6 +11,13 @@
 //! it does for new charges: nothing is there, or all of it, and a retry finds which
 //! by its operation's id. Two replicas with one key: the key's row lets one through;
 //! with two keys and one charge: the charge's lock does.
+//!
+//! A key's row is purged when its answer has expired, and the refund or the charge that
+//! was made under it stays. So before a refusal is stored (the charge has nothing left,
+//! is captured already, is not there) it is looked whether the key has made something
+//! long ago: then that is the answer, or the 422, and not a refusal that would send
+//! its reader to refund once more under a new key. What is not refused meets the unique
+//! index of `refunds` instead, and the batch is run again with a look beforehand.
 
 use std::{
     collections::{BTreeSet, HashSet},
@@ -21,7 +28,7 @@ use sqlx::PgConnection;
 
 use super::{Settled, batch::Found};
 use crate::{
-    changes::{Change, ChangeCharge},
+    changes::{Change, ChangeCharge, Decision},
     charges,
     error::Error,
     idempotency::{self, Answer, Claimed, Scope, store},
@@ -70,7 +77,12 @@ pub(super) async fn write(
     if careful {
         claimed = settle_old(conn, changes, claimed, &mut answers).await?;
     }
-    let (missing, held) = perform(conn, changes, &claimed, &mut answers).await?;
+    let Performed {
+        refused,
+        missing,
+        held,
+    } = perform(conn, changes, &claimed, &mut answers).await?;
+    let missing = settle_refused(conn, changes, refused, missing, &mut answers).await?;
 
     let rows: Vec<_> = answers
         .iter()
@@ -105,18 +117,29 @@ pub(super) async fn write(
     Ok(found)
 }
 
-/// Does the claimed changes, notes their answers, and says which of them are of a
-/// charge that is not there, and which of one that another transaction holds.
+/// What became of claimed changes that have no answer yet, by their positions.
+#[derive(Default)]
+struct Performed {
+    /// The charge's state does not allow it, with what is to be answered.
+    refused: Vec<(usize, Arc<Settled>)>,
+    /// The charge is not there.
+    missing: Vec<usize>,
+    /// Another transaction holds the charge.
+    held: Vec<usize>,
+}
+
+/// Does the claimed changes, notes the answers of those that are done, and says what
+/// became of the others.
 async fn perform(
     conn: &mut PgConnection,
     changes: &[&ChangeCharge],
     claimed: &[usize],
     answers: &mut Vec<(usize, Arc<Settled>)>,
-) -> Result<(Vec<usize>, Vec<usize>), sqlx::Error> {
+) -> Result<Performed, sqlx::Error> {
     let id = |i: usize| (changes[i].scope.account_id, changes[i].charge_id);
     let ids: BTreeSet<_> = claimed.iter().map(|&i| id(i)).collect();
     if ids.is_empty() {
-        return Ok((vec![], vec![]));
+        return Ok(Performed::default());
     }
     let mut locked = charges::lock(conn, &ids).await?;
     let absent: BTreeSet<_> = ids
@@ -128,24 +151,28 @@ async fn perform(
     } else {
         charges::there(conn, &absent).await?
     };
-    let (mut missing, mut held) = (Vec::new(), Vec::new());
+    let mut performed = Performed::default();
     let (mut made, mut dirty) = (Vec::new(), HashSet::new());
     for &i in claimed {
         let Some(found) = locked.get_mut(&id(i)) else {
             if there.contains(&id(i)) {
-                held.push(i);
+                performed.held.push(i);
             } else {
-                missing.push(i);
+                performed.missing.push(i);
             }
             continue;
         };
         let before = found.charge.clone();
-        let (answer, refund) = changes[i].decide(&mut found.charge);
+        match changes[i].decide(&mut found.charge) {
+            Decision::Done(answer, refund) => {
+                made.extend(refund.map(|refund| (i, refund)));
+                answers.push((i, own(changes[i], answer)));
+            }
+            Decision::Refused(answer) => performed.refused.push((i, own(changes[i], answer))),
+        }
         if found.charge != before {
             dirty.insert(id(i));
         }
-        made.extend(refund.map(|refund| (i, refund)));
-        answers.push((i, own(changes[i], answer)));
     }
     let dirty: Vec<_> = dirty.iter().map(|id| &locked[id]).collect();
     if !dirty.is_empty() {
@@ -161,7 +188,7 @@ async fn perform(
             .collect();
         refunds::insert(conn, &rows).await?;
     }
-    Ok((missing, held))
+    Ok(performed)
 }
 
 /// Settles the refunds among the claimed that were made at an earlier time, and
@@ -172,28 +199,92 @@ async fn settle_old(
     claimed: Vec<usize>,
     answers: &mut Vec<(usize, Arc<Settled>)>,
 ) -> Result<Vec<usize>, sqlx::Error> {
-    let scopes: Vec<&Scope> = claimed.iter().map(|&i| &changes[i].scope).collect();
     let mut fresh = Vec::new();
-    for (i, old) in claimed
-        .into_iter()
-        .zip(refunds::by_key(conn, &scopes).await?)
+    for (i, refund) in claimed
+        .iter()
+        .zip(earlier_refunds(conn, changes, &claimed).await?)
     {
-        match old {
-            Some((fingerprint, refund)) => answers.push((
-                i,
-                Arc::new(Settled {
-                    fingerprint,
-                    digests: None,
-                    operation_id: refund.id.0,
-                    request_id: refund.request_id,
-                    answer: refund.answer(),
-                    duplicate_of: None,
-                }),
-            )),
-            None => fresh.push(i),
+        match refund {
+            Some(refund) => answers.push((*i, refund)),
+            None => fresh.push(*i),
         }
     }
     Ok(fresh)
+}
+
+/// Settles what was refused, and what has no charge: by what the key has made at an
+/// earlier time, if it has, else by the refusal. Gives those whose charge is missing.
+async fn settle_refused(
+    conn: &mut PgConnection,
+    changes: &[&ChangeCharge],
+    refused: Vec<(usize, Arc<Settled>)>,
+    missing: Vec<usize>,
+    answers: &mut Vec<(usize, Arc<Settled>)>,
+) -> Result<Vec<usize>, sqlx::Error> {
+    let positions: Vec<usize> = refused.iter().map(|(i, _)| *i).chain(missing).collect();
+    if positions.is_empty() {
+        return Ok(vec![]);
+    }
+    let refunds = earlier_refunds(conn, changes, &positions).await?;
+    let charges = earlier_charges(conn, changes, &positions).await?;
+    let mut missing = Vec::new();
+    let mut refusals = refused.into_iter().map(|(_, refusal)| refusal);
+    for ((i, refund), charge) in positions.into_iter().zip(refunds).zip(charges) {
+        // The refusals come first, in their order.
+        let refusal = refusals.next();
+        match refund.or(charge).or(refusal) {
+            Some(answer) => answers.push((i, answer)),
+            None => missing.push(i),
+        }
+    }
+    Ok(missing)
+}
+
+/// The refunds that were made under these changes' keys.
+async fn earlier_refunds(
+    conn: &mut PgConnection,
+    changes: &[&ChangeCharge],
+    positions: &[usize],
+) -> Result<Vec<Option<Arc<Settled>>>, sqlx::Error> {
+    let scopes: Vec<&Scope> = positions.iter().map(|&i| &changes[i].scope).collect();
+    let refunds = refunds::by_key(conn, &scopes).await?.into_iter();
+    Ok(refunds
+        .map(|found| {
+            let (fingerprint, refund) = found?;
+            Some(Arc::new(Settled {
+                fingerprint,
+                digests: None,
+                operation_id: refund.id.0,
+                request_id: refund.request_id,
+                answer: refund.answer(),
+                duplicate_of: None,
+            }))
+        })
+        .collect())
+}
+
+/// The charges that were made under these changes' keys: then the key belongs to
+/// another request.
+async fn earlier_charges(
+    conn: &mut PgConnection,
+    changes: &[&ChangeCharge],
+    positions: &[usize],
+) -> Result<Vec<Option<Arc<Settled>>>, sqlx::Error> {
+    let scopes: Vec<&Scope> = positions.iter().map(|&i| &changes[i].scope).collect();
+    let charges = charges::by_key(conn, &scopes).await?.into_iter();
+    Ok(charges
+        .map(|found| {
+            let (fingerprint, charge) = found?;
+            Some(Arc::new(Settled {
+                fingerprint,
+                digests: None,
+                operation_id: charge.id.0,
+                request_id: charge.request_id,
+                answer: charge.answer(),
+                duplicate_of: None,
+            }))
+        })
+        .collect())
 }
 
 fn own(change: &ChangeCharge, answer: Answer) -> Arc<Settled> {

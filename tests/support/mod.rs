@@ -114,6 +114,17 @@ impl Service {
         }
     }
 
+    /// One more replica, on another server that has the same data.
+    pub fn on(&self, pool: &PgPool) -> Self {
+        let app = app(&pool.connect_options(), &self.settings);
+        Self {
+            router: router(app.clone()),
+            app,
+            pool: pool.clone(),
+            ..self.clone()
+        }
+    }
+
     /// One more replica, that reaches the database through a proxy.
     pub fn behind(&self, proxy: &proxy::Proxy) -> Self {
         let app = app(&proxy.options(&self.pool.connect_options()), &self.settings);

@@ -43,11 +43,77 @@ impl Cluster {
     /// `fast` or `immediate`, which is a crash. Comes back when it runs again.
     pub async fn restart(&self, mode: &'static str) {
         let name = self.name.clone();
-        let url = tokio::task::spawn_blocking(move || script(&["restart", &name, mode]))
-            .await
-            .unwrap();
+        let url = blocking(move || script(&["restart", &name, mode])).await;
         assert_eq!(url, self.url, "a restarted server is where it was");
     }
+}
+
+/// Standbys.
+impl Cluster {
+    /// A hot standby of this cluster, by streaming replication, that knows
+    /// itself by `name`; the primary waits for it once `wait_for_standbys` said so.
+    pub async fn standby(&self, name: &str) -> Self {
+        let (standby, primary) = (name.to_owned(), self.name.clone());
+        let url = blocking(move || {
+            script(&["remove", &standby]);
+            script(&["standby", &standby, &primary])
+        })
+        .await;
+        Self {
+            name: name.to_owned(),
+            url,
+        }
+    }
+
+    /// Each COMMIT waits for any one of the standbys from now on.
+    pub async fn wait_for_standbys(&self) {
+        let pool = self.pool().await;
+        for statement in [
+            "alter system set synchronous_standby_names = '*'",
+            "select pg_reload_conf()",
+        ] {
+            sqlx::query(statement).execute(&pool).await.unwrap();
+        }
+        let waits = || async {
+            sqlx::query_scalar(
+                "select current_setting('synchronous_standby_names') = '*'
+                    and exists (select from pg_stat_replication where sync_state = 'sync')",
+            )
+            .fetch_one(&pool)
+            .await
+            .unwrap()
+        };
+        super::eventually("the standby is synchronous", waits).await;
+    }
+
+    /// `fast` or `immediate`, which is a crash.
+    pub async fn stop(&self, mode: &'static str) {
+        let name = self.name.clone();
+        blocking(move || script(&["stop", &name, mode])).await;
+    }
+
+    /// Runs again, where it was.
+    pub async fn start_again(&self) {
+        let name = self.name.clone();
+        let url = blocking(move || script(&["start", &name])).await;
+        assert_eq!(
+            url, self.url,
+            "a server that is started again is where it was"
+        );
+    }
+
+    /// Makes a primary of a standby.
+    pub async fn promote(&self) {
+        let promoted: bool = sqlx::query_scalar("select pg_promote()")
+            .fetch_one(&self.pool().await)
+            .await
+            .unwrap();
+        assert!(promoted);
+    }
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    tokio::task::spawn_blocking(work).await.unwrap()
 }
 
 impl Drop for Cluster {

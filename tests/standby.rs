@@ -1,0 +1,275 @@
+//! Promise 2 with synchronous replication: what was acknowledged is on the standby
+//! too, so that the loss of the primary loses nothing of it.
+
+use futures::future::join_all;
+use sqlx::PgPool;
+
+use crate::support::{Reply, Service, count, eventually, postgres::Cluster};
+
+/// A primary whose COMMITs wait for one standby.
+async fn with_standby(name: &str) -> (Cluster, Cluster) {
+    let primary = Cluster::start(&format!("test-{name}")).await;
+    let standby = primary.standby(&format!("test-{name}-standby")).await;
+    primary.wait_for_standbys().await;
+    (primary, standby)
+}
+
+/// How many COMMITs wait for a standby.
+async fn waiting(pool: &PgPool) -> i64 {
+    sqlx::query_scalar("select count(*) from pg_stat_activity where wait_event = 'SyncRep'")
+        .fetch_one(pool)
+        .await
+        .unwrap()
+}
+
+async fn somebody_waits(pool: &PgPool) {
+    eventually("a COMMIT waits for the standby", || async {
+        waiting(pool).await > 0
+    })
+    .await;
+}
+
+/// Sends it again with the same key until it is told an outcome.
+async fn until_answered(service: &Service, key: &str) -> Reply {
+    loop {
+        let reply = service.charge(key).send().await;
+        if !matches!(reply.status.as_u16(), 409 | 503) {
+            return reply;
+        }
+    }
+}
+
+/// The directed attack: rows that no standby has become visible by a crash restart.
+/// Whoever asks for them again must not be told that they are there for good.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_no_standby_has_is_not_acknowledged_after_a_crash() {
+    let (primary, standby) = with_standby("lost").await;
+    let pool = primary.pool().await;
+    let service = Service::start(&pool).await;
+    assert_eq!(service.charge("before").send().await.status, 200);
+    standby.stop("immediate").await;
+
+    let keys: Vec<_> = (0..8).map(|i| format!("order_{i}")).collect();
+    let requests: Vec<_> = keys
+        .iter()
+        .map(|key| tokio::spawn(service.charge(key).send()))
+        .collect();
+    somebody_waits(&pool).await;
+    primary.restart("immediate").await;
+    let pool = primary.pool().await;
+    eventually("the crash has made rows visible", || async {
+        count(&pool, "charges").await > 1
+    })
+    .await;
+    // The writer's own repetition, and the client's retry on another replica.
+    for request in requests {
+        let reply = request.await.unwrap();
+        assert!(matches!(reply.status.as_u16(), 409 | 503), "{reply:?}");
+    }
+    let retry = service.replica().charge("order_0").send().await;
+    assert!(matches!(retry.status.as_u16(), 409 | 503), "{retry:?}");
+
+    // The primary is lost, and the standby takes over without the charges.
+    primary.stop("immediate").await;
+    standby.start_again().await;
+    standby.promote().await;
+    let promoted = standby.pool().await;
+    assert_eq!(count(&promoted, "charges").await, 1);
+    let service = service.on(&promoted);
+    for key in &keys {
+        let reply = service.charge(key).send().await;
+        assert_eq!(reply.status, 200, "{reply:?}");
+        assert!(!reply.is_replayed());
+    }
+    assert_eq!(count(&promoted, "charges").await, 9);
+}
+
+/// `pg_cancel_backend` ends the wait, COMMIT comes back with a warning, and the row is
+/// there for all to see.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancelled_wait_for_the_standby_is_no_acknowledgement() {
+    let (primary, standby) = with_standby("cancelled").await;
+    let pool = primary.pool().await;
+    let service = Service::start(&pool).await;
+    standby.stop("fast").await;
+    let request = tokio::spawn(service.charge("order_1").send());
+    somebody_waits(&pool).await;
+    let cancelled: bool = sqlx::query_scalar(
+        "select bool_and(pg_cancel_backend(pid)) from pg_stat_activity where wait_event = 'SyncRep'",
+    )
+    .fetch_one(&pool)
+    .await
+    .unwrap();
+    assert!(cancelled);
+    eventually("the row is visible", || async {
+        count(&pool, "charges").await == 1
+    })
+    .await;
+    // The repetition waits as well.
+    somebody_waits(&pool).await;
+    assert!(!request.is_finished(), "{:?}", request.await);
+    standby.start_again().await;
+    let reply = request.await.unwrap();
+    assert_eq!(reply.status, 200, "{reply:?}");
+    assert!(!reply.is_replayed(), "it is the first answer, found again");
+    assert_eq!(count(&pool, "charges").await, 1);
+}
+
+/// While the standby is away nothing new is acknowledged, what is known is, and the
+/// server is left its connections.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_that_is_away_costs_two_connections_and_no_known_key() {
+    let (primary, standby) = with_standby("away").await;
+    let pool = primary.pool().await;
+    let service = Service::start(&pool).await;
+    let known = service.charge("known").send().await;
+    let id = known.charge_id();
+    // Its second answer is what proves that the standby has it.
+    assert_eq!(service.charge("known").send().await.body, known.body);
+    let ready = || async { service.get("/readyz").send().await };
+    assert_eq!(ready().await.status, 200);
+
+    standby.stop("fast").await;
+    let mut told = Vec::new();
+    for round in 0..2 {
+        let requests: Vec<_> = (0..8)
+            .map(|i| tokio::spawn(service.charge(&format!("order_{round}_{i}")).send()))
+            .collect();
+        eventually("the service is not ready", || async {
+            ready().await.status == 503
+        })
+        .await;
+        // Captures, refunds and updates are known by their keys as well as charges.
+        for _ in 0..20 {
+            let replay = service.charge("known").send().await;
+            assert_eq!((replay.status.as_u16(), &replay.body), (200, &known.body));
+            assert!(replay.is_replayed());
+        }
+        for request in requests {
+            let reply = request.await.unwrap();
+            reply.assert_error(503, "unavailable");
+            told.push(reply);
+        }
+        assert!(waiting(&pool).await <= 2, "connections pile up");
+    }
+    assert!(
+        ready().await.body.contains("standby"),
+        "it does not say why"
+    );
+    standby.start_again().await;
+    eventually("the service is ready again", || async {
+        ready().await.status == 200
+    })
+    .await;
+    for round in 0..2 {
+        for i in 0..8 {
+            let reply = until_answered(&service, &format!("order_{round}_{i}")).await;
+            assert_eq!(reply.status, 200, "{reply:?}");
+        }
+    }
+    assert_eq!(service.count_charges().await, 17);
+    let read = service.get(&format!("/v1/charges/{id}")).send().await;
+    assert_eq!(read.body, known.body);
+}
+
+/// A process that finds COMMITs waiting when it starts does not add its own.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_that_starts_while_the_standby_is_away_waits_beside() {
+    let (primary, standby) = with_standby("start").await;
+    let pool = primary.pool().await;
+    let service = Service::start(&pool).await;
+    standby.stop("fast").await;
+    let first = tokio::spawn(service.charge("order_1").send());
+    eventually("the service is not ready", || async {
+        service.get("/readyz").send().await.status == 503
+    })
+    .await;
+    let replicas = join_all((0..4).map(|i| {
+        let replica = service.replica();
+        let call = replica.charge(&format!("other_{i}"));
+        async move {
+            let reply = call.send().await;
+            drop(replica);
+            reply
+        }
+    }))
+    .await;
+    for reply in replicas {
+        reply.assert_error(503, "unavailable");
+    }
+    assert_eq!(waiting(&pool).await, 1);
+    first.await.unwrap().assert_error(503, "unavailable");
+    standby.start_again().await;
+    let reply = until_answered(&service, "order_1").await;
+    assert_eq!(reply.status, 200);
+}
+
+/// Without standbys a replay writes nothing; with them the first one does, and after it
+/// the key is known to be safe.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replay_leaves_one_record_and_only_where_there_are_standbys() {
+    let primary = Cluster::start_with("test-record", &["-c", "autovacuum=off"]).await;
+    let pool = primary.pool().await;
+    let service = Service::start(&pool).await;
+    // A record takes a transaction id.
+    let next_xid = || async {
+        let xid: String =
+            sqlx::query_scalar("select pg_snapshot_xmax(pg_current_snapshot())::text")
+                .fetch_one(&pool)
+                .await
+                .unwrap();
+        xid.parse::<u64>().unwrap()
+    };
+    assert_eq!(service.charge("order_1").send().await.status, 200);
+    let before = next_xid().await;
+    let replays = |n: u64| {
+        let service = &service;
+        async move {
+            for _ in 0..n {
+                assert!(service.charge("order_1").send().await.is_replayed());
+            }
+        }
+    };
+    replays(3).await;
+    assert_eq!(next_xid().await, before, "a replay wrote something");
+
+    let standby = primary.standby("test-record-standby").await;
+    primary.wait_for_standbys().await;
+    let before = next_xid().await;
+    replays(5).await;
+    assert_eq!(next_xid().await, before + 1);
+    drop(standby);
+}
+
+/// A standby answers no reads: what it does not have yet is not missing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_standby_answers_nothing() {
+    let primary = Cluster::start("test-reads").await;
+    let standby = primary.standby("test-reads-standby").await;
+    let service = Service::start(&primary.pool().await).await;
+    let id = service.charge("order_1").send().await.charge_id();
+    let on_standby = service.on(&standby.pool().await);
+    for path in [format!("/v1/charges/{id}"), "/v1/charges".to_owned()] {
+        assert_eq!(service.get(&path).send().await.status, 200);
+        on_standby
+            .get(&path)
+            .send()
+            .await
+            .assert_error(503, "unavailable");
+    }
+    on_standby
+        .get("/readyz")
+        .send()
+        .await
+        .assert_error(503, "unavailable");
+    // An API key that it has not heard of is not unknown.
+    let stranger = on_standby.stranger("GET", "/v1/charges").header(
+        "authorization",
+        "Bearer sk_test_aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa",
+    );
+    stranger.send().await.assert_error(503, "unavailable");
+    // The same replica, once it is the primary.
+    standby.promote().await;
+    let read = on_standby.get(&format!("/v1/charges/{id}")).send().await;
+    assert_eq!(read.status, 200, "{read:?}");
+}
