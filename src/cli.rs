@@ -442,7 +442,9 @@ impl Window {
 }
 
 async fn purge_now(database: &Database) -> Result<(), Failure> {
-    open(database).await?.close().await?;
+    let mut conn = open(database).await?;
+    db::check_layout(&mut conn).await?;
+    conn.close().await?;
     let pool = db::Server::direct(db::connect_options(&database.database_url)?).pool(1);
     let count = purge::run_until_done(&pool).await?;
     eprintln!("purged {count} expired answers");

@@ -21,13 +21,16 @@
 //! | 11, 12 | take charges back that their guards refuse (`charges::withdraw`) | likewise |
 //! | 13 | read the charges that carry a claimed key already (`charges::by_key`) | a claim met one |
 //! | 14 | put the answers of those charges in their rows (`store::answer`) | likewise |
-//! | 15 | `commit` | always |
+//! | 15 | leave a WAL record (`replication::leave_record`) | a row of somebody else's is answered from, and no synchronous standby is known to have it |
+//! | 16 | `commit` | always |
 //!
 //! Changes of charges (captures, refunds, updates) go the general way, between
 //! the same `begin` and `commit`: claim the keys; lock the charges; save them;
 //! insert refunds; store the answers. Six trips for a batch of captures, seven
-//! with refunds; two more where a charge was not to be had, since it is not there or
-//! is held elsewhere.
+//! with refunds; one more where a charge is missing or locked, and two where a change
+//! is refused or its charge is missing: its key may have made something long ago.
+//!
+//! A batch takes no more commands once it has come to a mebibyte.
 //!
 //! Fresh charges take three trips (four with the guard), replays four, whatever
 //! the size of the batch. Nothing else happens while the transaction is open.
@@ -57,11 +60,29 @@
 //! for until the command's deadline, since it may be our own work. The same
 //! holds wherever the connection breaks after `begin`.
 //!
+//! # What if a COMMIT waits for a synchronous standby
+//!
+//! Its rows are not seen and its jobs are not answered until the standby has them
+//! ([`replication`](crate::db::replication) says why an answer from somebody else's
+//! rows waits as well). A COMMIT that has not come back when the attempt's time is over
+//! is looked up in `pg_stat_activity` from a new connection. Where it waits for a
+//! standby it is left alone on its connection, and until the standby is back this
+//! process commits nothing else: keys whose rows a standby has are answered from a
+//! look-up, everything else goes round the queue and gets 503 at its deadline. So a
+//! process has at most a connection per writing task that waits, and one beside it.
+//!
+//! | when the process dies | what is there afterwards |
+//! | --- | --- |
+//! | while its COMMIT waits | the server goes on waiting, and holds the key: retries on other replicas wait, too, then get 409 or 503. When the standby is back the retry is replayed; if the primary is lost, the standby has nothing and the retry is the first request |
+//! | after the wait, before it was answered | on both servers the same: the replay |
+//!
 //! # What is done after which fault
 //!
 //! | [`Trouble`] | what is done |
 //! | --- | --- |
-//! | `Passing` (and a time-out of our own) | the same batch again, on a new connection, with backoff, until the deadline; then 503 |
+//! | our own time-out, before COMMIT was sent | the batch is halved and run again, on a new connection: what it carries may be too much for the network |
+//! | our own time-out after it, and no standby is waited for | as `Passing` |
+//! | `Passing` | the same batch again, on a new connection, with backoff, until the deadline; then 503 |
 //! | `TableLocked` | the same batch again, with backoff, until the deadline; then 503 |
 //! | `Exhausted`, `Misconfigured` | 503 for all, nothing is split |
 //! | `RowLocked`, `TimedOut`, `Refused` | the transaction is dropped and the batch halved, down to the one command that is to blame: one that waits for a lock goes back to the queue like any key in use, one that takes too long gets 503, one that the database refuses gets 500. The others get their answers |

@@ -344,6 +344,60 @@ async fn after_the_purge_a_refund_is_found_and_not_made_again(pool: PgPool) {
     assert_eq!(late, id);
 }
 
+/// A charge that has nothing left, or too little, refuses before anything is inserted;
+/// the refund that took it is the answer all the same.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn after_the_purge_a_refund_is_found_before_it_is_refused(pool: PgPool) {
+    let settings = Settings {
+        answer_ttl: std::time::Duration::from_micros(1),
+        ..Settings::default()
+    };
+    let service = Service::start_with(&pool, settings).await;
+    let whole = charge(&service, "order_1", true).await;
+    let part = charge(&service, "order_2", true).await;
+    let first_whole = refund(&service, "whole", &whole, None).await;
+    let first_part = refund(&service, "part", &part, Some(3000)).await;
+    for purged in [false, true] {
+        if purged {
+            purge::run_until_done(&pool).await.unwrap();
+        }
+        let late = refund(&service, "whole", &whole, None).await;
+        assert_eq!(
+            (late.status, &late.body),
+            (first_whole.status, &first_whole.body)
+        );
+        assert!(late.is_replayed());
+        let late = refund(&service, "part", &part, Some(3000)).await;
+        assert_eq!(
+            (late.status, &late.body),
+            (first_part.status, &first_part.body)
+        );
+        assert!(late.is_replayed());
+        // Other requests under these keys: a refund, one of no charge, a capture; and
+        // a refund under a charge's key.
+        for other in [
+            refund(&service, "whole", &whole, Some(1)).await,
+            refund(&service, "part", &part, Some(2001)).await,
+            refund(
+                &service,
+                "part",
+                "ch_00000000000000000000000000000000",
+                None,
+            )
+            .await,
+            capture(&service, "part", &part, None).await,
+            refund(&service, "order_1", &whole, None).await,
+        ] {
+            other.assert_error(422, "idempotency_key_reused");
+        }
+        // What is really too much is refused as ever.
+        refund(&service, &format!("new_{purged}"), &part, Some(2001))
+            .await
+            .assert_error(400, "amount_too_large");
+    }
+    assert_eq!(count(&pool, "refunds").await, 2);
+}
+
 #[sqlx::test(migrator = "payonce::MIGRATOR")]
 async fn a_change_whose_commit_is_lost_is_found_again(pool: PgPool) {
     let proxy = Proxy::to(&pool).await;

@@ -510,6 +510,35 @@ async fn purge_says_how_much_it_did(pool: PgPool) {
     assert_eq!(count(&pool, "idempotency_keys").await, 1);
 }
 
+/// A row's number names one row of a plain table; on others a purge, or a charge that is
+/// taken back, would hit strangers' rows.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn tables_that_are_not_plain_are_refused(pool: PgPool) {
+    sqlx::raw_sql(
+        "alter table charges rename to plain;
+         create table charges (like plain) partition by hash (account_id);
+         create table charges_0 partition of charges for values with (modulus 1, remainder 0)",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    for command in [&["serve", "--listen-addr", "127.0.0.1:0"][..], &["purge"]] {
+        let refused = fail(&pool, command).await;
+        assert!(refused.contains("charges is partitioned"), "{refused}");
+    }
+    sqlx::raw_sql(
+        "drop table charges; alter table plain rename to charges;
+         create table special () inherits (refunds)",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    for command in [&["serve", "--listen-addr", "127.0.0.1:0"][..], &["purge"]] {
+        let refused = fail(&pool, command).await;
+        assert!(refused.contains("refunds is inherited from"), "{refused}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_server_that_can_lose_charges_is_refused() {
     for (name, setting) in [

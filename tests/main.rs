@@ -3,6 +3,7 @@
 mod support;
 
 mod accounts_are_apart;
+mod batches;
 mod changes;
 mod client;
 mod commands;

@@ -39,6 +39,7 @@ pub struct Proxy {
     network: watch::Sender<Network>,
     commits_to_lose: Arc<AtomicUsize>,
     committed_first: Arc<AtomicBool>,
+    transaction_bytes_max: Arc<AtomicUsize>,
 }
 
 impl Proxy {
@@ -52,11 +53,13 @@ impl Proxy {
             network: watch::Sender::new(Network::Well),
             commits_to_lose: Arc::default(),
             committed_first: Arc::default(),
+            transaction_bytes_max: Arc::new(AtomicUsize::new(usize::MAX)),
         };
-        let (network, to_lose, committed_first) = (
+        let (network, to_lose, committed_first, bytes_max) = (
             proxy.network.clone(),
             Arc::clone(&proxy.commits_to_lose),
             Arc::clone(&proxy.committed_first),
+            Arc::clone(&proxy.transaction_bytes_max),
         );
         tokio::spawn(async move {
             loop {
@@ -68,11 +71,14 @@ impl Proxy {
                     continue;
                 };
                 let (network, mut down) = (network.subscribe(), network.subscribe());
-                let (to_lose, committed_first) =
-                    (Arc::clone(&to_lose), Arc::clone(&committed_first));
+                let (to_lose, committed_first, bytes_max) = (
+                    Arc::clone(&to_lose),
+                    Arc::clone(&committed_first),
+                    Arc::clone(&bytes_max),
+                );
                 tokio::spawn(async move {
                     tokio::select! {
-                        () = forward(client, server, network, &to_lose, &committed_first) => {}
+                        () = forward(client, server, network, &to_lose, &committed_first, &bytes_max) => {}
                         _ = down.wait_for(|network| *network == Network::Down) => {}
                     }
                 });
@@ -99,6 +105,13 @@ impl Proxy {
         self.commits_to_lose.store(count, Ordering::SeqCst);
     }
 
+    /// From now on a connection falls silent when it is sent more than this in one
+    /// transaction: a network on which that takes forever.
+    pub fn choke_on(&self, transaction_bytes: usize) {
+        self.transaction_bytes_max
+            .store(transaction_bytes, Ordering::SeqCst);
+    }
+
     /// How many COMMITs are still to be lost.
     pub fn commits_to_lose(&self) -> usize {
         self.commits_to_lose.load(Ordering::SeqCst)
@@ -111,7 +124,9 @@ async fn forward(
     mut network: watch::Receiver<Network>,
     to_lose: &AtomicUsize,
     committed_first: &AtomicBool,
+    transaction_bytes_max: &AtomicUsize,
 ) {
+    let mut transaction_bytes = 0;
     let (mut from_client, mut from_server) = (vec![0; 1 << 16], vec![0; 1 << 16]);
     let mut freeze = network.clone();
     loop {
@@ -124,6 +139,13 @@ async fn forward(
                 let Ok(length @ 1..) = read else { return };
                 let bytes = &from_client[..length];
                 pass(&mut network).await;
+                transaction_bytes += length;
+                if transaction_bytes > transaction_bytes_max.load(Ordering::SeqCst) {
+                    return pending().await;
+                }
+                if bytes.ends_with(COMMIT) {
+                    transaction_bytes = 0;
+                }
                 if server.write_all(bytes).await.is_err() {
                     return;
                 }
