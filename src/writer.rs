@@ -64,12 +64,13 @@
 //!
 //! Its rows are not seen and its jobs are not answered until the standby has them
 //! ([`replication`](crate::db::replication) says why an answer from somebody else's
-//! rows waits as well). A COMMIT that has not come back when the attempt's time is over
-//! is looked up in `pg_stat_activity` from a new connection. Where it waits for a
-//! standby it is left alone on its connection, and until the standby is back this
-//! process commits nothing else: keys whose rows a standby has are answered from a
-//! look-up, everything else goes round the queue and gets 503 at its deadline. So a
-//! process has at most a connection per writing task that waits, and one beside it.
+//! rows waits as well). An attempt whose COMMIT has not come back in time is given up,
+//! and its backend goes on waiting on the server. Each new connection looks first
+//! whether COMMITs wait there (`pg_stat_activity`): if so, this process commits nothing
+//! until they do not. Keys whose rows a standby has are answered from a look-up,
+//! everything else goes round the queue and gets 503 at its deadline. So at most one
+//! backend per writing task waits, however long the standby is away. It is not asked
+//! to end either: its rows would become visible, and no standby would have them.
 //!
 //! | when the process dies | what is there afterwards |
 //! | --- | --- |

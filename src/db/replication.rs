@@ -38,11 +38,13 @@
 use std::{
     cell::Cell,
     pin::pin,
-    sync::{Mutex, OnceLock, PoisonError},
+    sync::{
+        Mutex, OnceLock, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use sqlx::{Executor, PgConnection, Postgres, Row, Transaction};
-use tokio::sync::watch;
 use tracing::{
     Dispatch, Event, Level, Metadata, Subscriber, dispatcher, level_filters::LevelFilter, span,
     subscriber::Interest,
@@ -78,19 +80,10 @@ impl WrittenBy {
 }
 
 /// What this process knows of the standbys.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Replication {
     confirmed: Mutex<Option<(ServerStart, u64)>>,
-    stalled: watch::Sender<bool>,
-}
-
-impl Default for Replication {
-    fn default() -> Self {
-        Self {
-            confirmed: Mutex::default(),
-            stalled: watch::Sender::new(false),
-        }
-    }
+    stalled: AtomicBool,
 }
 
 impl Replication {
@@ -123,14 +116,12 @@ impl Replication {
     /// Whether COMMITs wait for a standby that does not answer.
     #[must_use]
     pub fn is_stalled(&self) -> bool {
-        *self.stalled.borrow()
+        self.stalled.load(Ordering::Relaxed)
     }
 
     /// Notes whether they do, and logs it when it changes.
     pub fn set_stalled(&self, stalled: bool) {
-        let changed = self
-            .stalled
-            .send_if_modified(|was| std::mem::replace(was, stalled) != stalled);
+        let changed = self.stalled.swap(stalled, Ordering::Relaxed) != stalled;
         if changed && stalled {
             tracing::error!(
                 "no synchronous standby confirms what is written: keys that are known are answered, everything else gets 503 until one does"
@@ -138,11 +129,6 @@ impl Replication {
         } else if changed {
             tracing::info!("a synchronous standby confirms again");
         }
-    }
-
-    /// Comes back when they do not.
-    pub async fn flows(&self) {
-        let _ = self.stalled.subscribe().wait_for(|stalled| !stalled).await;
     }
 }
 

@@ -1,15 +1,11 @@
 //! Takes batches from the queue and sees each through, whatever comes.
 
-use std::{
-    pin::{Pin, pin},
-    sync::Arc,
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use rand::RngExt;
 use sqlx::PgConnection;
 use tokio::{
-    sync::{Mutex, mpsc, oneshot},
+    sync::{Mutex, mpsc},
     time::{Instant, timeout},
 };
 use tracing::{debug, error, warn};
@@ -91,11 +87,6 @@ impl Found {
         }
     }
 
-    /// Whether it holds whatever becomes of the transaction that found it.
-    fn is_durable(&self, confirmed: u64) -> bool {
-        matches!(self, Self::Known(..)) && self.unconfirmed(confirmed).is_none()
-    }
-
     /// Tells all that wait for the key, or goes back to the queue.
     fn conclude(self, job: Job) {
         match self {
@@ -114,20 +105,15 @@ struct Task {
     session: Option<Session>,
 }
 
-/// An attempt at a batch that has been begun, and owns its connection.
-type Work = Pin<Box<dyn Future<Output = (Session, Result<(), sqlx::Error>)> + Send>>;
-
-/// How an attempt ended.
-enum Attempted {
-    /// What came back is committed.
-    Committed(Vec<(Job, Found)>),
-    /// Nothing of it is kept here; on the server it may have been committed if the
-    /// error came from the connection.
-    Failed(Vec<Job>, sqlx::Error),
-    /// Our own time-out struck before COMMIT was sent.
-    Late(Vec<Job>),
+/// Why an attempt came to nothing. On the server it may have been committed all the same,
+/// unless it was stalled or the database said otherwise.
+enum Failure {
     /// Nothing can be committed now: COMMITs wait for a standby.
-    Stalled(Vec<Job>),
+    Stalled,
+    /// Our own time-out struck before COMMIT was sent.
+    Late,
+    /// An error; after COMMIT was sent our own time-out is one, of I/O.
+    Error(sqlx::Error),
 }
 
 /// Takes batches, forever.
@@ -193,34 +179,26 @@ impl Task {
                 self.answer_known(part).await;
                 return None;
             }
-            let error = match self.attempt(part, careful).await {
-                Attempted::Committed(found) => {
-                    for (job, found) in found {
+            let error = match self.attempt(&mut part, careful).await {
+                Ok(found) => {
+                    for (job, found) in part.into_iter().zip(found) {
                         found.conclude(job);
                     }
                     return None;
                 }
-                Attempted::Stalled(jobs) => {
-                    part = jobs;
-                    continue;
-                }
-                Attempted::Late(jobs) => {
-                    part = not_in_use_but_ours(jobs);
+                Err(Failure::Stalled) => continue,
+                Err(Failure::Late) => {
                     warn!(batch_len = part.len(), "a batch took too long");
                     if part.len() > 1 {
                         return Some(halves(part));
                     }
                     continue;
                 }
-                Attempted::Failed(jobs, error) if !careful && change::met_an_old_refund(&error) => {
-                    part = jobs;
+                Err(Failure::Error(error)) if !careful && change::met_an_old_refund(&error) => {
                     careful = true;
                     continue;
                 }
-                Attempted::Failed(jobs, error) => {
-                    part = jobs;
-                    error
-                }
+                Err(Failure::Error(error)) => error,
             };
             let trouble = Trouble::of(&error);
             warn!(error = %describe(&error), ?trouble, batch_len = part.len(), "a batch failed");
@@ -262,123 +240,73 @@ impl Task {
         Ok(session)
     }
 
-    /// One transaction for all.
-    async fn attempt(&mut self, part: Vec<Job>, careful: bool) -> Attempted {
-        let session = match self.session.take() {
+    /// One transaction for all. What comes back is committed.
+    async fn attempt(&mut self, part: &mut [Job], careful: bool) -> Result<Vec<Found>, Failure> {
+        let commands: Vec<&Command> = part.iter().map(|job| &*job.command).collect();
+        let mut session = match self.session.take() {
             Some(session) => session,
-            None => match self.connect().await {
-                Ok(session) if session.stalled => {
-                    self.session = Some(session);
-                    return Attempted::Stalled(part);
-                }
-                Ok(session) => session,
-                Err(error) => return Attempted::Failed(part, error),
-            },
+            None => self.connect().await.map_err(Failure::Error)?,
         };
-        let (tell, mut written) = oneshot::channel();
-        let mut work = self.begin(session, &part, careful, tell);
-        let ended = timeout(ATTEMPT_TIMEOUT, &mut work).await;
-        // Sent just before COMMIT is.
-        let written = written.try_recv();
+        if self.replication.is_stalled() {
+            self.session = Some(session);
+            return Err(Failure::Stalled);
+        }
+        let mut committing = false;
+        let ended = timeout(ATTEMPT_TIMEOUT, async {
+            let Session { conn, server, .. } = &mut session;
+            let mut transaction = self.options.server.begin(conn).await?;
+            let found = write(&mut transaction, &commands, careful).await?;
+            let confirmed = self.replication.confirmed(server);
+            let unconfirmed = found
+                .iter()
+                .filter_map(|found| found.unconfirmed(confirmed));
+            let horizon = unconfirmed.min();
+            if horizon.is_some() {
+                replication::leave_record(&mut transaction).await?;
+            }
+            committing = true;
+            replication::commit(transaction).await?;
+            if let Some(horizon) = horizon {
+                self.replication.confirm(server, horizon);
+            }
+            Ok(found)
+        })
+        .await;
         debug!(
             batch_len = part.len(),
-            ok = matches!(ended, Ok((_, Ok(())))),
+            ok = matches!(ended, Ok(Ok(_))),
             "batch"
         );
-        match (ended, written) {
-            (Ok((session, Ok(()))), Ok(found)) => {
+        let failure = match ended {
+            Ok(Ok(found)) => {
                 self.session = Some(session);
-                Attempted::Committed(part.into_iter().zip(found).collect())
+                return Ok(found);
             }
-            (Ok((_, Ok(()))), Err(_)) => Attempted::Failed(part, sqlx::Error::WorkerCrashed),
-            (Ok((session, Err(error))), _) => self.failed(session, part, error),
-            (Err(_), Err(_)) => Attempted::Late(part),
-            (Err(_), Ok(found)) => {
-                let part = part.into_iter().zip(found).collect();
-                self.commit_is_late(work, part).await
+            Ok(Err(error)) => Failure::Error(error),
+            Err(_) if committing => {
+                let late = std::io::ErrorKind::TimedOut;
+                Failure::Error(sqlx::Error::Io(late.into()))
             }
-        }
-    }
-
-    /// The transaction, from `begin` to COMMIT. What it found is told before COMMIT is
-    /// sent, and is true when the future comes back with `Ok`.
-    fn begin(
-        &self,
-        mut session: Session,
-        part: &[Job],
-        careful: bool,
-        tell: oneshot::Sender<Vec<Found>>,
-    ) -> Work {
-        let commands: Vec<_> = part.iter().map(|job| Arc::clone(&job.command)).collect();
-        let (options, replication) = (Arc::clone(&self.options), Arc::clone(&self.replication));
-        Box::pin(async move {
-            let Session { conn, server, .. } = &mut session;
-            let result = async {
-                let commands: Vec<&Command> = commands.iter().map(|command| &**command).collect();
-                let mut transaction = options.server.begin(conn).await?;
-                let found = write(&mut transaction, &commands, careful).await?;
-                let confirmed = replication.confirmed(server);
-                let unconfirmed = found
-                    .iter()
-                    .filter_map(|found| found.unconfirmed(confirmed));
-                let horizon = unconfirmed.min();
-                if horizon.is_some() {
-                    replication::leave_record(&mut transaction).await?;
+            Err(_) => Failure::Late,
+        };
+        match &failure {
+            Failure::Error(error) if error.as_database_error().is_some() => {
+                match Trouble::of(error) {
+                    // The session may be a part of what is wrong.
+                    Trouble::Passing | Trouble::Exhausted | Trouble::Misconfigured => {}
+                    Trouble::Refused if part.len() == 1 => {}
+                    _ => self.session = Some(session),
                 }
-                // Nobody listens if the attempt was given up.
-                let _ = tell.send(found);
-                replication::commit(transaction).await?;
-                if let Some(horizon) = horizon {
-                    replication.confirm(server, horizon);
-                }
-                Ok(())
             }
-            .await;
-            (session, result)
-        })
-    }
-
-    /// Keeps the connection if it is in order.
-    fn failed(&mut self, session: Session, part: Vec<Job>, error: sqlx::Error) -> Attempted {
-        if error.as_database_error().is_none() {
-            return Attempted::Failed(not_in_use_but_ours(part), error);
+            // Cut off in the middle: the transaction may still be open on the server, and
+            // it may be our own work that holds the keys now.
+            _ => {
+                for job in part {
+                    job.wait_until = job.deadline;
+                }
+            }
         }
-        match Trouble::of(&error) {
-            // The session may be a part of what is wrong.
-            Trouble::Passing | Trouble::Exhausted | Trouble::Misconfigured => {}
-            Trouble::Refused if part.len() == 1 => {}
-            _ => self.session = Some(session),
-        }
-        Attempted::Failed(part, error)
-    }
-
-    /// COMMIT was sent and has not come back: the network is silent, or the server
-    /// waits for a standby. In the second case another attempt would wait behind it,
-    /// and another connection with it, once per attempt until the server has none
-    /// left. So this one is left alone until it comes back, and nothing else is
-    /// committed meanwhile. It is not cancelled either: its rows would be seen, and no
-    /// standby would have them.
-    async fn commit_is_late(&mut self, work: Work, part: Vec<(Job, Found)>) -> Attempted {
-        let server = self.connect().await.map(|session| {
-            let server = session.server.clone();
-            self.session = Some(session);
-            server
-        });
-        let stalled = server.is_ok() && self.replication.is_stalled();
-        if !stalled {
-            let part = part.into_iter().map(|(job, _)| job).collect();
-            let late = std::io::ErrorKind::TimedOut.into();
-            return Attempted::Failed(not_in_use_but_ours(part), sqlx::Error::Io(late));
-        }
-        let confirmed = server.map_or(0, |server| self.replication.confirmed(&server));
-        let (durable, rest): (Vec<_>, Vec<_>) = part
-            .into_iter()
-            .partition(|(_, found)| found.is_durable(confirmed));
-        for (job, found) in durable {
-            found.conclude(job);
-        }
-        tokio::spawn(wait_for_standby(work, rest, Arc::clone(&self.replication)));
-        Attempted::Committed(vec![])
+        Err(failure)
     }
 
     /// While COMMITs wait for a standby: answers the keys whose rows a standby is known
@@ -434,60 +362,6 @@ impl Task {
             .map(|row| row.filter(|row| !row.expired).and_then(answered))
             .collect())
     }
-}
-
-/// Waits for the COMMIT of an attempt that waits for a standby, and concludes its jobs
-/// by it, or at their deadlines. Where the standby is back, and the COMMIT still is not,
-/// the connection is dead.
-async fn wait_for_standby(
-    mut work: Work,
-    mut part: Vec<(Job, Found)>,
-    replication: Arc<Replication>,
-) {
-    let dead = async {
-        replication.flows().await;
-        tokio::time::sleep(ATTEMPT_TIMEOUT).await;
-    };
-    let mut dead = pin!(dead);
-    loop {
-        let deadline = part.iter().map(|(job, _)| job.deadline).min();
-        let overdue = async {
-            match deadline {
-                Some(deadline) => tokio::time::sleep_until(deadline).await,
-                None => std::future::pending().await,
-            }
-        };
-        let committed = tokio::select! {
-            (_, result) = &mut work => result.is_ok(),
-            () = &mut dead => false,
-            () = overdue => {
-                let now = Instant::now();
-                let late = part.extract_if(.., |(job, _)| job.deadline <= now);
-                for (job, _) in late {
-                    job.conclude(&Verdict::Unavailable(Unavailable::StandbyAway));
-                }
-                continue;
-            }
-        };
-        for (mut job, found) in part {
-            if committed {
-                found.conclude(job);
-            } else {
-                job.wait_until = job.deadline;
-                job.enqueue();
-            }
-        }
-        return;
-    }
-}
-
-/// Cut off in the middle: the transaction may still be open on the server, and it may
-/// be our own work that holds the keys now.
-fn not_in_use_but_ours(mut part: Vec<Job>) -> Vec<Job> {
-    for job in &mut part {
-        job.wait_until = job.deadline;
-    }
-    part
 }
 
 fn halves(mut part: Vec<Job>) -> (Vec<Job>, Vec<Job>) {
