@@ -542,7 +542,7 @@ impl TryFrom<Row> for Charge {
             request_id: RequestId(row.request_id),
             request: ChargeRequest {
                 amount: Amount::new(row.amount).ok_or_else(|| unreadable("amount"))?,
-                currency: Currency::from_code(&row.currency)
+                currency: Currency::from_stored(&row.currency)
                     .ok_or_else(|| unreadable("currency"))?,
                 customer: row.customer,
                 source: row.source,

@@ -24,6 +24,7 @@ mod plans;
 mod pooler;
 mod purge;
 mod regressions;
+mod retired_currency;
 mod same_answer;
 mod sdk;
 mod storm;
