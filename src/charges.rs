@@ -5,7 +5,7 @@ use std::{
     time::Duration,
 };
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use sqlx::{Executor, FromRow, PgConnection, PgExecutor, types::Json};
 use utoipa::ToSchema;
 use uuid::Uuid;
@@ -243,6 +243,20 @@ impl CreateCharge {
         }
     }
 
+    /// Its answer, where the guard warns of this charge beside it: a replay has to
+    /// name it too.
+    #[must_use]
+    pub fn answer_beside(&self, original: ChargeId) -> Answer {
+        let head = AnswerHead {
+            duplicate_of: original,
+        };
+        let head = serde_json::to_string(&head).expect("an id is always JSON");
+        Answer {
+            head: Some(head.into()),
+            ..self.answer.clone()
+        }
+    }
+
     /// The row of its guard: held by this charge. There is nothing to answer.
     #[must_use]
     pub fn guard_row<'a>(&'a self, guard: &'a Guard, nothing: &'a Answer) -> NewRow<'a> {
@@ -255,6 +269,20 @@ impl CreateCharge {
             ..self.row()
         }
     }
+}
+
+/// What is stored of a charge's answer beside status and body.
+#[derive(Serialize, Deserialize)]
+struct AnswerHead {
+    duplicate_of: ChargeId,
+}
+
+/// The charge that the guard warned of when this answer was first given.
+#[must_use]
+pub fn duplicate_of(answer: &Answer) -> Option<ChargeId> {
+    // A head of another form is of another kind of answer.
+    let head: AnswerHead = serde_json::from_str(answer.head.as_deref()?).ok()?;
+    Some(head.duplicate_of)
 }
 
 impl Charge {
@@ -549,7 +577,7 @@ impl TryFrom<Row> for Charge {
             request_id: RequestId(row.request_id),
             request: ChargeRequest {
                 amount: Amount::new(row.amount).ok_or_else(|| unreadable("amount"))?,
-                currency: Currency::from_code(&row.currency)
+                currency: Currency::from_stored(&row.currency)
                     .ok_or_else(|| unreadable("currency"))?,
                 customer: row.customer,
                 source: row.source,

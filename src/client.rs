@@ -35,7 +35,8 @@
 //! | an answer with `Stripe-Should-Retry` | as it says |
 //! | 409, 429, 5xx without it | again |
 //! | 2xx that is no charge | again: it was not the service that said it |
-//! | a charge, a decline, 422 for the key | the outcome, whatever the header says |
+//! | a charge, a decline | the outcome, whatever the header says |
+//! | 422 for the key | the end, whatever the header says |
 //! | anything else, redirects too | the end |
 //!
 //! Between two attempts it waits for `Retry-After` (seconds), and on top of that
@@ -45,17 +46,28 @@
 //!
 //! # What is certain
 //!
-//! Some answers speak of the *key*, and a key has one outcome forever. They are
-//! certain whatever became of earlier attempts:
+//! Some answers speak of the *key*, and a key names one charge forever: the charge
+//! carries it for as long as it exists. They are certain whatever became of earlier
+//! attempts:
 //!
 //! - a charge: charged, once;
 //! - 402: the key's outcome is a decline, so an attempt whose answer was lost was
 //!   declined too, or never arrived;
-//! - 422 `idempotency_key_reused`: the key is held by a request that says
-//!   something else. Had one of our attempts charged, the key would be ours, and
-//!   since it never changes hands, none ever will. So *this* request charged
-//!   nobody. The other request may have: who changed the amount of a wish and
-//!   kept the key should look at that one before taking a new key.
+//! - 422 `idempotency_key_reused` whose `differs` names fields of a charge: the key
+//!   is another charge's, for good. Had one of our attempts charged, it would be
+//!   ours, so none has, and none ever will. *This* request charged nobody. The other
+//!   one may have: who changed the amount of a wish and kept the key should look at
+//!   that one before taking a new key.
+//!
+//! Across kinds of operation it is not so. A key that was used for a capture, a
+//! refund or an update is remembered as long as that answer is kept (24 hours by
+//! default), and free for a charge afterwards; a charge's key can be taken by a
+//! capture once the charge's own answer has expired. So a 422 that names `path`, or
+//! does not say what differs, proves that its own attempt did nothing, and no more:
+//! an earlier attempt may have charged, and the same request may charge once the
+//! other's answer has expired. [`Failure::certainly_not_charged`] is false for it.
+//! `GET /v1/idempotency_keys/{key}` tells whether there is a charge; the operation
+//! should not be sent again.
 //!
 //! All others speak of the *attempt*. A 401 or a 400 says that this attempt did
 //! nothing; it does not say that the one before, whose answer was lost, did

@@ -343,7 +343,7 @@ pub const CATALOGUE: &[Entry] = &[
             422,
             "idempotency_error",
             "The idempotency key was used for another request",
-            "A key names one operation forever. If this is a new wish, send it under a new key; if it is a retry, send what was sent first.",
+            "A key names one operation. If this is a new wish, send it under a new key; if it is a retry, send what was sent first.",
         )
     },
     Entry::retryable(

@@ -1,4 +1,4 @@
-//! Amounts that cannot be wrong: minor units of a currency that circulates.
+//! Amounts that cannot be wrong: minor units of a currency.
 
 use std::fmt;
 
@@ -36,27 +36,44 @@ impl<'de> Deserialize<'de> for Amount {
     }
 }
 
-/// An ISO 4217 currency in use today; funds, metals and currencies that were
-/// superseded are none.
+/// A currency by its code: three lower-case letters.
+///
+/// Which codes may be charged is a question about input, and its answer changes:
+/// currencies are retired, and with a release the list of them is another one.
+/// What is stored was right when it was written, and stays readable.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Currency(iso_currency::Currency);
+pub struct Currency([u8; 3]);
 
 impl Currency {
-    /// From its code in lower case, as Stripe writes it (`usd`).
+    /// From input: the code in lower case, as Stripe writes it (`usd`), of a
+    /// currency that [is in use](Self::is_in_use).
     #[must_use]
     pub fn from_code(code: &str) -> Option<Self> {
-        if !code.bytes().all(|b| b.is_ascii_lowercase()) {
-            return None;
-        }
-        iso_currency::Currency::from_code(&code.to_ascii_uppercase())
-            .filter(|c| !c.is_special() && !c.is_fund() && c.is_superseded().is_none())
-            .map(Self)
+        Self::from_stored(code).filter(|currency| currency.is_in_use())
+    }
+
+    /// From a row, or from an answer of the service: any code of the right form,
+    /// also one that is not, or no longer, a currency in use.
+    #[must_use]
+    pub fn from_stored(code: &str) -> Option<Self> {
+        let code: [u8; 3] = code.as_bytes().try_into().ok()?;
+        code.iter()
+            .all(u8::is_ascii_lowercase)
+            .then_some(Self(code))
+    }
+
+    /// Whether it is an ISO 4217 currency in use today. Funds, metals and
+    /// currencies that were superseded are none.
+    #[must_use]
+    pub fn is_in_use(self) -> bool {
+        iso_currency::Currency::from_code(&self.code().to_ascii_uppercase())
+            .is_some_and(|c| !c.is_special() && !c.is_fund() && c.is_superseded().is_none())
     }
 
     /// The code in lower case.
     #[must_use]
     pub fn code(self) -> String {
-        self.0.code().to_ascii_lowercase()
+        self.0.map(char::from).iter().collect()
     }
 }
 
@@ -73,9 +90,10 @@ impl Serialize for Currency {
 }
 
 impl<'de> Deserialize<'de> for Currency {
+    /// What is deserialized are answers of the service.
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let code = String::deserialize(deserializer)?;
-        Self::from_code(&code).ok_or_else(|| de::Error::custom("not a currency in use"))
+        Self::from_stored(&code).ok_or_else(|| de::Error::custom("not a currency code"))
     }
 }
 
@@ -107,6 +125,18 @@ mod tests {
             "USD", "Usd", "", "us", "usdd", "zzz", "xxx", "xts", "xau", "hrk", "u d",
         ] {
             assert_eq!(Currency::from_code(wrong), None, "{wrong:?}");
+        }
+    }
+
+    #[test]
+    fn a_stored_currency_has_the_form_of_one() {
+        // Retired, a metal, and no currency at all.
+        for code in ["usd", "hrk", "xau", "zzz"] {
+            let stored = Currency::from_stored(code).map(Currency::code);
+            assert_eq!(stored.as_deref(), Some(code));
+        }
+        for wrong in ["", "us", "usdd", "USD", "u d", "us1", "€"] {
+            assert_eq!(Currency::from_stored(wrong), None, "{wrong:?}");
         }
     }
 }

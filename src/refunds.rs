@@ -161,7 +161,7 @@ impl TryFrom<Row> for Refund {
             request_id: RequestId(row.request_id),
             charge: ChargeId(row.charge_id),
             amount: Amount::new(row.amount).ok_or_else(|| unreadable("amount"))?,
-            currency: Currency::from_code(&row.currency).ok_or_else(|| unreadable("currency"))?,
+            currency: Currency::from_stored(&row.currency).ok_or_else(|| unreadable("currency"))?,
             reason,
             metadata: row.metadata.0,
         })

@@ -19,10 +19,11 @@
 //! | 6 | claim the guards of new charges (`idempotency::claim`) | the duplicate guard is on |
 //! | 7 to 10 | the same for guards as 3 to 5 for keys, and read once more | a guard was not free |
 //! | 11, 12 | take charges back that their guards refuse (`charges::withdraw`) | likewise |
-//! | 13 | read the charges that carry a claimed key already (`charges::by_key`) | a claim met one |
-//! | 14 | put the answers of those charges in their rows (`store::answer`) | likewise |
-//! | 15 | leave a WAL record (`replication::leave_record`) | a row of somebody else's is answered from, and no synchronous standby is known to have it |
-//! | 16 | `commit` | always |
+//! | 13 | store which charge the guard warned of (`store::answer`) | likewise |
+//! | 14 | read the charges that carry a claimed key already (`charges::by_key`) | a claim met one |
+//! | 15 | put the answers of those charges in their rows (`store::answer`) | likewise |
+//! | 16 | leave a WAL record (`replication::leave_record`) | a row of somebody else's is answered from, and no synchronous standby is known to have it |
+//! | 17 | `commit` | always |
 //!
 //! Changes of charges (captures, refunds, updates) go the general way, between
 //! the same `begin` and `commit`: claim the keys; lock the charges; save them;
@@ -43,6 +44,11 @@
 //! | after `commit` was sent, before it was done | nothing, or everything | the first answer, made now or then |
 //! | after `commit`, before the client was answered | key, answer and charge | the replay |
 //! | after the client was answered | the same | the replay |
+//!
+//! What the duplicate guard warned of is written to the key's row in the charge's
+//! own transaction, so it is there whenever the answer is: a process that dies
+//! between the two statements leaves neither, and a batch whose COMMIT was lost finds
+//! both in the row.
 //!
 //! # What if two replicas do it at once
 //!
@@ -225,7 +231,7 @@ struct Settled {
     operation_id: Uuid,
     request_id: RequestId,
     answer: Answer,
-    /// A charge that this one looks like, if it was just made.
+    /// The charge that the guard warned of when this one was made.
     duplicate_of: Option<ChargeId>,
 }
 
@@ -236,7 +242,8 @@ pub struct Reply {
     pub answer: Answer,
     /// Whether the answer is one that was given before.
     pub replayed: bool,
-    /// The charge that was just made looks like this one, under another key.
+    /// The charge looks like this one, which was made just before it under another
+    /// key.
     pub duplicate_of: Option<ChargeId>,
 }
 

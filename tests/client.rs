@@ -458,11 +458,20 @@ async fn a_refusal_is_not_certain_where_something_may_have_gone_before() {
     }
 }
 
+/// The key belongs to a request that differs in this.
+fn reused(differs: &Value) -> Act {
+    let body = json!({
+        "status": 422, "retry": {"same_key": false, "new_key": true}, "differs": differs,
+        "error": {"code": "idempotency_key_reused", "message": "No."},
+    });
+    say(422, "stripe-should-retry: false\r\n", &body.to_string())
+}
+
 #[tokio::test]
-async fn a_decline_and_a_reused_key_are_certain_whatever_went_before() {
+async fn a_decline_and_the_key_of_another_charge_are_certain_whatever_went_before() {
     for (act, declined) in [
         (problem(402, "card_declined", ""), true),
-        (problem(422, "idempotency_key_reused", ""), false),
+        (reused(&json!(["amount"])), false),
     ] {
         let server = Server::that([Act::Cut, act]).await;
         let failure = server.client().send(&operation()).await.unwrap_err();
@@ -471,6 +480,89 @@ async fn a_decline_and_a_reused_key_are_certain_whatever_went_before() {
         assert_eq!(matches!(failure, Failure::KeyReused(_)), !declined);
         assert_eq!(server.requests(), 2);
     }
+}
+
+/// A key is remembered across kinds of request only as long as its answer is kept.
+#[tokio::test]
+async fn the_key_of_a_request_of_another_kind_proves_nothing() {
+    for differs in [json!(["path"]), json!(null)] {
+        let server = Server::that([reused(&differs)]).await;
+        let failure = server.client().send(&operation()).await.unwrap_err();
+        assert!(!failure.certainly_not_charged(), "{failure}");
+        assert!(matches!(failure, Failure::KeyReused(_)), "{failure:?}");
+        assert!(failure.to_string().contains("idempotency_keys"));
+        assert_eq!(server.requests(), 1);
+
+        let server = Server::that([reused(&differs)]).await;
+        let keyed = ["--amount", "1", "--deadline", "1s", "--key", "order_1"];
+        let output = payonce(API_KEY, &server.url, &keyed).await;
+        assert_eq!(output.status.code(), Some(3), "{}", said(&output));
+        assert!(!said(&output).contains("certainly"), "{}", said(&output));
+    }
+}
+
+/// Why it proves nothing: both can come true.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn what_a_reused_key_says_is_true_of_the_service(pool: PgPool) {
+    let (_, api_key) = make_account(&pool).await;
+    let url = pool.connect_options().to_url_lossy().to_string();
+    let service = Process::serve(&url).await;
+    let base = format!("http://{}", service.address);
+    let client = Client::new(&base, &api_key).unwrap();
+    let expire = async || {
+        sqlx::query("update idempotency_keys set expires_at = now() - interval '1 second'")
+            .execute(&pool)
+            .await
+            .unwrap();
+    };
+    let http = reqwest::Client::builder().no_proxy().build().unwrap();
+    let update = async |charge: ChargeId, key: &Key| {
+        let url = format!("{base}/v1/charges/{charge}");
+        let call = http
+            .post(url)
+            .bearer_auth(&api_key)
+            .header("idempotency-key", key.as_str());
+        let answer = call.body("").send().await.unwrap();
+        assert_eq!(answer.status(), 200);
+    };
+    let amount = |minor_units| {
+        let (amount, currency) = (Amount::new(minor_units), Currency::from_code("usd"));
+        Operation::charge(&ChargeRequest::new(amount.unwrap(), currency.unwrap()))
+    };
+    let one = client.send(&operation()).await.unwrap().charge.id;
+
+    // An update has the key; a charge under it is refused, and made a day later.
+    let late = operation();
+    update(one, late.key()).await;
+    let failure = client.send(&late).await.unwrap_err();
+    assert!(!failure.certainly_not_charged(), "{failure}");
+    expire().await;
+    let charged = client.send(&late).await.unwrap();
+    assert!(!charged.replayed);
+
+    // Now a charge has it, for good.
+    let other = amount(4999).with_key(late.key().clone());
+    let failure = client.send(&other).await.unwrap_err();
+    assert!(failure.certainly_not_charged(), "{failure}");
+
+    // It was charged, and an update has got the key since.
+    let early = operation();
+    client.send(&early).await.unwrap();
+    expire().await;
+    update(one, early.key()).await;
+    let failure = client.send(&early).await.unwrap_err();
+    assert!(!failure.certainly_not_charged(), "{failure}");
+
+    // Once that is forgotten, the charge is found.
+    let key = early.key().clone();
+    for _ in 0..2 {
+        expire().await;
+        let refused = amount(4998).with_key(key.clone());
+        let failure = client.send(&refused).await.unwrap_err();
+        assert!(matches!(failure, Failure::KeyReused(_)), "{failure:?}");
+    }
+    assert_eq!(count(&pool, "charges").await, 3);
+    service.terminate().await;
 }
 
 #[tokio::test]

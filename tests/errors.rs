@@ -682,6 +682,33 @@ async fn bad_headers_are_refused(pool: PgPool) {
     assert_eq!(reply.status, 200);
 }
 
+/// Two of a header, equal or not: which one counts would be a guess.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_header_about_the_body_is_sent_once(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    for (name, values) in [
+        ("Content-Type", ["application/json", "application/json"]),
+        ("Content-Type", ["application/json", "text/plain"]),
+        ("Content-Encoding", ["identity", "identity"]),
+        ("Content-Encoding", ["identity", "gzip"]),
+    ] {
+        let mut call = service.post("/v1/charges", "order_1");
+        if name == "Content-Encoding" {
+            call = call.header("content-type", "application/json");
+        }
+        for value in values {
+            call = call.header(name, value);
+        }
+        let reply = call.body(r#"{"amount":5000,"currency":"usd"}"#);
+        let reply = reply.send().await;
+        reply.assert_error(400, "parameter_repeated");
+        assert_eq!(reply.value()["error"]["param"], name);
+        let message = reply.value()["error"]["message"].to_string();
+        assert!(message.contains(name), "{message}");
+    }
+    assert_eq!(count(&pool, "idempotency_keys").await, 0);
+}
+
 #[sqlx::test(migrator = "payonce::MIGRATOR")]
 async fn bad_queries_are_refused(pool: PgPool) {
     let service = Service::start(&pool).await;

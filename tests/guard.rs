@@ -49,6 +49,51 @@ async fn warn_lets_through_and_names_the_other(pool: PgPool) {
     assert_eq!(service.count_charges().await, 3);
 }
 
+/// Whoever lost the first answer is told with the second one.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_replay_names_the_other_too(pool: PgPool) {
+    let service = guarded(&pool, DuplicateGuard::Warn).await;
+    let first = service.charge("try_1").send().await;
+    let second = service.charge("try_2").send().await;
+    // The replica does not even guard.
+    let unguarded = service.replica_with(Settings::default());
+    for replica in [&service, &service.replica(), &unguarded] {
+        let replay = replica.charge("try_2").send().await;
+        assert!(replay.is_replayed());
+        assert_eq!((replay.status, &replay.body), (second.status, &second.body));
+        assert_eq!(replay.headers["payonce-duplicate-of"], first.charge_id());
+        let replay = replica.charge("try_1").send().await;
+        assert!(replay.is_replayed());
+        assert!(!replay.headers.contains_key("payonce-duplicate-of"));
+    }
+    // What stands in the row belongs to the charge, and to no other request.
+    let other = charge(&service, "try_2", &json!({"amount": 1}));
+    let other = other.send().await;
+    other.assert_error(422, "idempotency_key_reused");
+    assert!(!other.headers.contains_key("payonce-duplicate-of"));
+}
+
+/// Whether the lost COMMIT was carried out or not: the first answer and its replay
+/// name the other.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_lost_commit_loses_no_warning(pool: PgPool) {
+    let proxy = Proxy::to(&pool).await;
+    let service = guarded(&pool, DuplicateGuard::Warn).await;
+    let first = service.charge("try_1").send().await.charge_id();
+    let behind = service.behind(&proxy);
+    for committed in [true, false] {
+        proxy.lose_commits(1, committed);
+        let key = format!("lost_{committed}");
+        for replica in [&behind, &service] {
+            let reply = replica.charge(&key).send().await;
+            assert_eq!(reply.status, 200, "{reply:?}");
+            assert_eq!(reply.headers["payonce-duplicate-of"], first);
+        }
+        assert_eq!(proxy.commits_to_lose(), 0);
+    }
+    assert_eq!(service.count_charges().await, 3);
+}
+
 #[sqlx::test(migrator = "payonce::MIGRATOR")]
 async fn refuse_makes_one_charge_of_sixteen_under_new_keys(pool: PgPool) {
     let one = guarded(&pool, DuplicateGuard::Refuse).await;

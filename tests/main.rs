@@ -25,6 +25,7 @@ mod plans;
 mod pooler;
 mod purge;
 mod regressions;
+mod retired_currency;
 mod same_answer;
 mod sdk;
 mod standby;

@@ -20,8 +20,10 @@ Exit codes:
   2  the command line is wrong; nothing was sent
   3  unknown, or pending: ask again with the same --key and the same wish
 Whatever else ends it (a signal, say) is as good as 3. With --key, 1 is a
-decline, or a key that belongs to another request: an earlier command with this
-key may have charged, so a service that is away or refuses is 3.";
+decline, or a key that belongs to another charge: an earlier command with this
+key may have charged, so a service that is away or refuses is 3. So is a key that
+belongs to a capture, refund or update: then look the key up, as the message says,
+and do not ask again.";
 
 /// What to charge, where, and how long to try.
 #[derive(Debug, Clone, Args)]

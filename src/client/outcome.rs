@@ -73,8 +73,9 @@ pub enum Failure {
     /// Certainly not charged: the processor declined. Final under this key;
     /// another card is another operation.
     Declined(Box<Decline>),
-    /// This operation certainly charged nobody, and never will: its key belongs
-    /// to another request, which may have.
+    /// The service refused the request, since its key belongs to another one, which
+    /// may have charged. Whether this operation charged, or will, depends on what
+    /// the other one is: see [`Refusal::names_another_charge`].
     KeyReused(Box<Refusal>),
     /// Certainly not charged: no connection came about, so nothing was sent. The
     /// text says why.
@@ -95,7 +96,8 @@ impl Failure {
     #[must_use]
     pub fn certainly_not_charged(&self) -> bool {
         match self {
-            Self::Refused(_) | Self::Declined(_) | Self::KeyReused(_) | Self::NotSent(_) => true,
+            Self::Refused(_) | Self::Declined(_) | Self::NotSent(_) => true,
+            Self::KeyReused(refusal) => refusal.names_another_charge(),
             Self::Unknown { .. } => false,
         }
     }
@@ -106,10 +108,17 @@ impl fmt::Display for Failure {
         match self {
             Self::Refused(refusal) => write!(f, "certainly not charged: {refusal}"),
             Self::Declined(decline) => write!(f, "certainly not charged: {decline}"),
-            Self::KeyReused(refusal) => write!(
+            Self::KeyReused(refusal) if refusal.names_another_charge() => write!(
                 f,
                 "certainly not charged by this request, but its key belongs to another, \
                  which may have charged: look at that one before you take a new key: {refusal}"
+            ),
+            Self::KeyReused(refusal) => write!(
+                f,
+                "this attempt charged nobody, but its key is in use by another request, and \
+                 may have charged before or may charge once the other's answer has expired: \
+                 look the key up (GET /v1/idempotency_keys/KEY names its charge), and do not \
+                 send this again: {refusal}"
             ),
             Self::NotSent(cause) => write!(
                 f,
@@ -137,8 +146,28 @@ pub struct Refusal {
     pub message: String,
     /// Which parameter is to blame, if one is.
     pub param: Option<String>,
+    /// In which fields the request differs from the one that the key belongs to,
+    /// where the service knows; `path` alone where that is no charge.
+    pub differs: Option<Vec<String>>,
     /// The exchange; the service's log has it.
     pub request_id: Option<RequestId>,
+}
+
+impl Refusal {
+    /// Whether a key that was used for another request was used for another
+    /// *charge*. A charge carries its key for good, so no other one has been made
+    /// under it, or ever will be.
+    ///
+    /// False where the other request is of another kind, such as a capture, or
+    /// where the service does not say what differs: a key is remembered across
+    /// kinds only as long as the answer is kept, 24 hours by default. A charge may
+    /// have been made under it before, and a retry that comes after may make one.
+    #[must_use]
+    pub fn names_another_charge(&self) -> bool {
+        self.differs
+            .as_ref()
+            .is_some_and(|fields| fields.iter().all(|field| field != "path"))
+    }
 }
 
 impl fmt::Display for Refusal {
@@ -240,6 +269,7 @@ impl fmt::Display for Last {
 pub(super) struct Problem {
     pub status: u16,
     pub retry: Retry,
+    differs: Option<Vec<String>>,
     error: StripeError,
 }
 
@@ -277,6 +307,7 @@ impl Problem {
             code: self.error.code,
             message: self.error.message,
             param: self.error.param,
+            differs: self.differs,
             request_id,
         }
     }

@@ -22,6 +22,7 @@ use crate::{
     charges::{self, Charge, ChargeRequest, ChargeUpdate, CreateCharge, FindsAnother, Guard},
     db,
     error::{BadParameter, Error, ParameterCode},
+    idempotency::Scope,
     ids::ChargeId,
     money::{AMOUNT_MAX, Amount, Currency},
     processor::sandbox,
@@ -41,12 +42,8 @@ impl FromParams for ChargeRequest {
         let currency = params
             .text("currency", 255)?
             .ok_or_else(|| missing("currency"))?;
-        let currency = Currency::from_code(&currency).ok_or_else(|| {
-            not_allowed(
-                "currency",
-                "must be an ISO 4217 code in lower case, such as usd.",
-            )
-        })?;
+        // Whether it is in use is asked later: this may be a retry.
+        let currency = Currency::from_stored(&currency).ok_or_else(unknown_currency)?;
         Ok(Self {
             amount,
             currency,
@@ -96,6 +93,9 @@ pub(super) async fn create(
         exchange,
     } = command;
     let means_it = allows_duplicate(&headers)?;
+    if !request.currency.is_in_use() && !is_made(&app, exchange, &scope).await? {
+        return Err(unknown_currency().into());
+    }
     let outcome = sandbox::decide(request.source.as_deref()).ok_or_else(|| {
         not_allowed(
             "source",
@@ -124,10 +124,26 @@ pub(super) async fn create(
     let charge_id = command.charge.id;
     let command = writer::Command::CreateCharge(Box::new(command));
     let reply = app.writer.submit(command, wait, exchange.deadline).await?;
-    if let Some(duplicate_of) = reply.duplicate_of {
+    if let Some(duplicate_of) = reply.duplicate_of
+        && !reply.replayed
+    {
         warn!(%charge_id, %duplicate_of, "a charge looks like another one, under another key");
     }
     Ok(answer_with(reply))
+}
+
+fn unknown_currency() -> BadParameter {
+    not_allowed(
+        "currency",
+        "must be an ISO 4217 code in lower case, such as usd.",
+    )
+}
+
+/// Whether a charge carries the key. Then the request can make no other one: it is
+/// replayed or refused, also where its currency has been retired since.
+async fn is_made(app: &App, exchange: Exchange, scope: &Scope) -> Result<bool, Error> {
+    let made = db::read(exchange.deadline, || charges::of_key(&app.pool, scope)).await?;
+    Ok(made.is_some())
 }
 
 /// `POST /v1/charges/{id}`

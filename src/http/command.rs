@@ -126,13 +126,12 @@ enum MediaType {
 impl MediaType {
     /// `None` if the request does not say, which is fine if it has no body.
     fn of(headers: &HeaderMap) -> Result<Option<Self>, Error> {
-        let encoding = headers
-            .get(header::CONTENT_ENCODING)
+        let encoding = only(headers, &header::CONTENT_ENCODING, "Content-Encoding")?
             .map(|value| value.as_bytes().trim_ascii());
         if encoding.is_some_and(|encoding| !encoding.eq_ignore_ascii_case(b"identity")) {
             return Err(Error::MediaTypeUnsupported);
         }
-        let Some(value) = headers.get(header::CONTENT_TYPE) else {
+        let Some(value) = only(headers, &header::CONTENT_TYPE, "Content-Type")? else {
             return Ok(None);
         };
         let value = value
@@ -153,6 +152,25 @@ impl MediaType {
             _ => Err(Error::MediaTypeUnsupported),
         }
     }
+}
+
+/// The header of this name, of which there may be one: to follow the first of two
+/// is a guess, and what stands before us may follow the other.
+fn only<'a>(
+    headers: &'a HeaderMap,
+    header: &header::HeaderName,
+    name: &str,
+) -> Result<Option<&'a HeaderValue>, Error> {
+    let mut values = headers.get_all(header).iter();
+    let value = values.next();
+    if values.next().is_some() {
+        return Err(Error::Parameter(BadParameter {
+            code: ParameterCode::Repeated,
+            param: Some(name.to_owned()),
+            message: format!("{name} was sent more than once."),
+        }));
+    }
+    Ok(value)
 }
 
 fn idempotency_key(headers: &HeaderMap) -> Result<Option<Key>, Error> {

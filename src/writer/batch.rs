@@ -73,8 +73,8 @@ impl Found {
             digests: row.digests,
             operation_id: row.operation_id,
             request_id: row.request_id,
+            duplicate_of: charges::duplicate_of(&answer),
             answer,
-            duplicate_of: None,
         };
         Ok(Self::Known(Arc::new(settled), row.written_by))
     }
@@ -508,12 +508,14 @@ async fn stand_guard(
         .map(|&(i, guard)| commands[i].guard_row(guard, &nothing))
         .collect();
     let claims = idempotency::claim(conn, &rows).await?;
-    let mut withdrawn = Vec::new();
+    let (mut withdrawn, mut warned) = (Vec::new(), Vec::new());
     for ((i, guard), claim) in guarded.into_iter().zip(claims) {
         found[i] = match (claim, guard.finds_another) {
             (idempotency::Claimed::Claimed, _) | (_, FindsAnother::Allowed) => continue,
             (idempotency::Claimed::Answered(row), FindsAnother::Warned) => {
-                Found::own(commands[i], Some(ChargeId(row.operation_id)))
+                let original = ChargeId(row.operation_id);
+                warned.push((commands[i], commands[i].answer_beside(original)));
+                Found::own(commands[i], Some(original))
             }
             (idempotency::Claimed::Answered(row), FindsAnother::Refused) => {
                 withdrawn.push(commands[i]);
@@ -528,6 +530,17 @@ async fn stand_guard(
     }
     if !withdrawn.is_empty() {
         charges::withdraw(conn, &withdrawn).await?;
+    }
+    // With the claim's own transaction, so that no replay is without it.
+    let rows: Vec<_> = warned
+        .iter()
+        .map(|(command, answer)| NewRow {
+            answer: Some(answer),
+            ..command.row()
+        })
+        .collect();
+    if !rows.is_empty() {
+        store::answer(conn, &rows).await?;
     }
     Ok(())
 }
