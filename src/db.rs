@@ -5,6 +5,7 @@ mod check;
 pub mod replication;
 mod server;
 mod trouble;
+mod url;
 
 use std::{borrow::Borrow, time::Duration};
 
@@ -17,9 +18,10 @@ use sqlx::{
 use tokio::time::Instant;
 use tracing::warn;
 
-pub use check::{Readiness, Unfit, check, check_layout, check_migrations, ready};
-pub use server::{Server, Session, connect, connect_options};
+pub use check::{Readiness, Unfit, check, check_layout, check_migrations, check_version, ready};
+pub use server::{Server, Session, connect};
 pub use trouble::{Trouble, describe};
+pub use url::{UrlError, connect_options, server_name};
 
 /// How long one attempt to read may take: shorter than the time that is left
 /// of five seconds when an account has been remembered for four.

@@ -6,7 +6,7 @@ use payonce::idempotency::purge;
 use serde_json::{Value, json};
 use sqlx::PgPool;
 
-use crate::support::{Reply, Service, Settings, count, proxy::Proxy};
+use crate::support::{Reply, Service, Settings, count, persistently, proxy::Proxy};
 
 /// A charge of 5000 under a key of its own; its id.
 async fn charge(service: &Service, key: &str, capture: bool) -> String {
@@ -24,16 +24,17 @@ async fn refund(service: &Service, key: &str, charge: &str, amount: Option<i64>)
     if let Some(amount) = amount {
         body["amount"] = amount.into();
     }
-    service.post("/v1/refunds", key).json(&body).send().await
+    persistently(|| service.post("/v1/refunds", key).json(&body))
+        .await
+        .0
 }
 
 async fn capture(service: &Service, key: &str, charge: &str, amount: Option<i64>) -> Reply {
     let body = amount.map_or_else(|| json!({}), |amount| json!({"amount": amount}));
-    service
-        .post(&format!("/v1/charges/{charge}/capture"), key)
-        .json(&body)
-        .send()
+    let path = format!("/v1/charges/{charge}/capture");
+    persistently(|| service.post(&path, key).json(&body))
         .await
+        .0
 }
 
 async fn get(service: &Service, charge: &str) -> Value {

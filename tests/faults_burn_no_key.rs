@@ -127,7 +127,11 @@ async fn a_full_queue_refuses_at_once_and_the_key_works_later(pool: PgPool) {
 #[sqlx::test(migrator = "payonce::MIGRATOR")]
 async fn a_database_that_stays_away_gives_503_and_the_key_works_later(pool: PgPool) {
     let proxy = Proxy::to(&pool).await;
-    let service = Service::start(&pool).await.behind(&proxy);
+    let settings = Settings {
+        wait: Duration::from_secs(2),
+        ..Settings::default()
+    };
+    let service = Service::start_with(&pool, settings).await.behind(&proxy);
     // Known already, so that the write path is what has to ride it out.
     assert_eq!(service.charge("order_0").send().await.status, 200);
     proxy.set(Network::Down);

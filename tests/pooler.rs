@@ -10,7 +10,7 @@ use sqlx::PgPool;
 use tokio::process::Command;
 
 use crate::support::{
-    Service, Settings, count, eventually, make_account,
+    Service, Settings, count, eventually, make_account, persistently,
     pgbouncer::PgBouncer,
     postgres::Cluster,
     process::{BINARY, Process},
@@ -121,10 +121,8 @@ async fn postgresql_restarts_behind_a_pooler_and_no_request_notices() {
                 let service = service.clone();
                 tokio::spawn(async move {
                     for i in 0..100 {
-                        let reply = service
-                            .charge(&format!("order_{mode}_{client}_{i}"))
-                            .send()
-                            .await;
+                        let key = format!("order_{mode}_{client}_{i}");
+                        let (reply, _) = persistently(|| service.charge(&key)).await;
                         assert_eq!(reply.status, 200, "{reply:?}");
                     }
                 })

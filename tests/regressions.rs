@@ -350,11 +350,11 @@ async fn a_held_charge_is_passed_over_and_its_changes_come_back(pool: PgPool) {
         .unwrap();
     let ids = [&held, &free].map(|id| (service.account_id, id.parse().unwrap()));
     let mut other = pool
-        .begin_with("begin; set local lock_timeout = '10s'")
+        .begin_with("begin; set local lock_timeout = '5min'")
         .await
         .unwrap();
     let ids = ids.into_iter().collect();
-    let locked = tokio::time::timeout(Duration::from_secs(5), charges::lock(&mut other, &ids))
+    let locked = tokio::time::timeout(Duration::from_mins(1), charges::lock(&mut other, &ids))
         .await
         .expect("it waits")
         .unwrap();

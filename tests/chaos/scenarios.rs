@@ -27,7 +27,7 @@ use crate::{
         make_account,
         pgbouncer::PgBouncer,
         postgres::Cluster,
-        process::{BINARY, Process},
+        process::{BINARY, Process, Signal},
         proxy::{Network, Proxy},
     },
 };
@@ -608,13 +608,13 @@ async fn stopped(cluster: Arc<Cluster>, time: Duration) -> Outcome {
             let i = usize::from(watch.faults() % 2 == 1);
             let name = format!("replica-{i}");
             let process = world.replicas[i].process();
-            process.signal("STOP").await;
+            process.signal(Signal::STOP);
             let in_transaction = is_in_transaction(&pool, &name).await;
             if in_transaction {
                 watch.fault();
                 sleep(Duration::from_secs(5)).await;
             }
-            process.signal("CONT").await;
+            process.signal(Signal::CONT);
             sleep(Duration::from_millis(if in_transaction { 1000 } else { 3 })).await;
         }
     };

@@ -12,7 +12,10 @@ use sqlx::{
 };
 use tokio::net::TcpStream;
 
-use super::eventually;
+use super::{
+    eventually,
+    process::{Signal, send_signal},
+};
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/scripts/pgbouncer");
 
@@ -91,9 +94,10 @@ impl PgBouncer {
 impl Drop for PgBouncer {
     fn drop(&mut self) {
         // SIGTERM, which runuser passes on; SIGKILL would hit runuser alone.
-        let _ = Command::new("kill")
-            .arg(self.child.id().to_string())
-            .status();
+        // Whoever could not send it must not wait for the end either.
+        if send_signal(Some(self.child.id()), Signal::TERM).is_err() {
+            let _ = self.child.kill();
+        }
         let _ = self.child.wait();
         let _ = std::fs::remove_dir_all(&self.directory);
     }

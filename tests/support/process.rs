@@ -8,6 +8,8 @@ use hyper_util::{
     client::legacy::{Client, connect::HttpConnector},
     rt::TokioExecutor,
 };
+pub use rustix::process::Signal;
+use rustix::process::{Pid, kill_process};
 use serde_json::Value;
 use tokio::{
     io::{AsyncBufReadExt, BufReader},
@@ -44,6 +46,8 @@ impl Process {
             .env("DATABASE_URL", database_url)
             .env("LISTEN_ADDR", "127.0.0.1:0")
             .env("LOG_FORMAT", "json")
+            // The longest: on a slow machine what is in flight takes its time.
+            .env("DUPLICATE_WAIT", "10s")
             .env_remove("RUST_LOG")
             .envs(settings.iter().copied())
             .stderr(Stdio::piped())
@@ -63,17 +67,9 @@ impl Process {
         Some(Self { child, address })
     }
 
-    /// Sends a signal by its name.
-    pub async fn signal(&self, name: &str) {
-        let pid = self.child.id().unwrap().to_string();
-        assert!(
-            Command::new("kill")
-                .args([&format!("-{name}"), &pid])
-                .status()
-                .await
-                .unwrap()
-                .success()
-        );
+    /// Sends a signal. Not by the program `kill`, which small systems lack.
+    pub fn signal(&self, signal: Signal) {
+        send_signal(self.child.id(), signal).unwrap();
     }
 
     /// SIGKILL.
@@ -83,7 +79,7 @@ impl Process {
 
     /// SIGTERM, and how it ended.
     pub async fn terminate(self) -> std::process::ExitStatus {
-        self.signal("TERM").await;
+        self.signal(Signal::TERM);
         self.ended().await
     }
 
@@ -91,6 +87,14 @@ impl Process {
     pub async fn ended(mut self) -> std::process::ExitStatus {
         self.child.wait().await.unwrap()
     }
+}
+
+/// Sends a signal to a child; fails if it has ended and was waited for.
+pub fn send_signal(child: Option<u32>, signal: Signal) -> std::io::Result<()> {
+    let pid = child
+        .and_then(|pid| Pid::from_raw(pid.cast_signed()))
+        .ok_or(std::io::ErrorKind::NotFound)?;
+    Ok(kill_process(pid, signal)?)
 }
 
 /// An HTTP client; `Err` is a connection that broke before the answer.
