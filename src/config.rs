@@ -204,7 +204,8 @@ pub struct Serve {
     #[arg(long, env = "QUEUE_MAX", default_value_t = 8192, value_parser = clap::value_parser!(u32).range(1..=1_000_000), value_name = "N")]
     pub queue_max: u32,
 
-    /// Connections for lists and look-ups; writes and charges by id have two more each
+    /// Connections for lists and look-ups of keys; for each 32 requests may wait, more
+    /// get 503 at once. Writes and charges by id have two more each, API keys three
     #[arg(long, env = "POOL_SIZE", default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..=1000), value_name = "N")]
     pub pool_size: u32,
 
@@ -212,6 +213,11 @@ pub struct Serve {
     /// get 429. 0 is no limit
     #[arg(long, env = "RATE_LIMIT", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1_000_000), value_name = "N")]
     pub rate_limit: u32,
+
+    /// Most unknown API keys per second from one address; more of them get 429, and
+    /// keys that were valid before none. 0 is no limit
+    #[arg(long, env = "AUTH_FAILURE_LIMIT", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=1_000_000), value_name = "N")]
+    pub auth_failure_limit: u32,
 
     /// Set to true if `DATABASE_URL` leads to PgBouncer in transaction mode, or
     /// a pooler like it; costs a little speed

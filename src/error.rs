@@ -89,6 +89,8 @@ pub enum Error {
 pub enum Unavailable {
     /// As many commands wait as the queue may hold.
     QueueFull,
+    /// As many reads wait as may wait.
+    ReadsFull,
     /// The body did not arrive within the request's deadline.
     BodyLate,
     /// The handler of a service that uses the layer took too long.
@@ -539,6 +541,7 @@ impl Error {
                 format!("The amount is larger than what is left, which is {left}.")
             }
             Self::Unavailable(Unavailable::QueueFull) => "Too many requests are waiting.".to_owned(),
+            Self::Unavailable(Unavailable::ReadsFull) => "Too many reads are waiting.".to_owned(),
             Self::Unavailable(Unavailable::BodyLate) => "The body did not arrive in time.".to_owned(),
             Self::Unavailable(Unavailable::HandlerLate) => "The request took too long.".to_owned(),
             Self::Unavailable(Unavailable::ShuttingDown) => "The service is stopping.".to_owned(),

@@ -1,5 +1,6 @@
 //! The way in: every route and layer.
 
+pub mod admission;
 pub mod caller;
 mod charges;
 pub mod command;
@@ -32,15 +33,18 @@ use crate::{
     reader::Reader,
     writer::Writer,
 };
+use admission::Admission;
 use caller::Callers;
 use limit::Limits;
 
 /// What the handlers work with. Cheap to clone.
 #[derive(Debug, Clone)]
 pub struct App {
-    /// Where reads go.
+    /// Where reads go, each when it is its turn.
     pub pool: PgPool,
-    /// Where those of a charge by its id go.
+    /// Whose turn it is.
+    pub admission: Admission,
+    /// Where reads of a charge by its id go.
     pub reader: Reader,
     /// Where everything goes that changes something.
     pub writer: Writer,

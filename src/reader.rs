@@ -7,13 +7,17 @@
 //! read, since it looks after its connections before and after.
 //!
 //! A read changes nothing, so it is done again after whatever passes, until the
-//! deadline of who asked.
+//! deadline of who asked. The queue is bounded: who finds it full is told so at once.
 
 use std::{collections::HashMap, sync::Arc};
 
 use sqlx::PgConnection;
 use tokio::{
-    sync::{Mutex, mpsc, oneshot},
+    sync::{
+        Mutex,
+        mpsc::{self, error::TrySendError},
+        oneshot,
+    },
     time::Instant,
 };
 use tracing::{error, warn};
@@ -21,11 +25,15 @@ use tracing::{error, warn};
 use crate::{
     charges::{self, Charge},
     db::{self, READ_TIMEOUT, Server, Trouble, backoff, describe},
+    error::{Error, Unavailable},
     ids::{AccountId, ChargeId},
 };
 
 /// Most questions of one statement.
 const BATCH_MAX: usize = 256;
+
+/// Most questions that wait for a reading task: some 50 ms of its work.
+const WAITING_MAX: usize = 16 * BATCH_MAX;
 
 /// Reading tasks per process, each with a connection of its own: one prepares
 /// while the other waits.
@@ -34,7 +42,7 @@ const TASKS: usize = 2;
 /// The way to read a charge. Clones share one queue.
 #[derive(Debug, Clone)]
 pub struct Reader {
-    queue: mpsc::UnboundedSender<Question>,
+    queue: mpsc::Sender<Question>,
 }
 
 #[derive(Debug)]
@@ -49,7 +57,7 @@ impl Reader {
     /// end when nobody can ask any more.
     #[must_use]
     pub fn start(server: &Server) -> Self {
-        let (queue, questions) = mpsc::unbounded_channel();
+        let (queue, questions) = mpsc::channel(WAITING_MAX);
         let questions = Arc::new(Mutex::new(questions));
         for _ in 0..TASKS {
             let (server, questions) = (server.clone(), Arc::clone(&questions));
@@ -73,24 +81,29 @@ impl Reader {
     /// The account's charge of this id, if there is one.
     ///
     /// # Errors
-    /// What was in the way until `deadline`.
+    /// [`Error::Unavailable`], at once if too many wait already, and otherwise at
+    /// `deadline`; [`Error::Internal`].
     pub async fn charge(
         &self,
         account_id: AccountId,
         charge_id: ChargeId,
         deadline: Instant,
-    ) -> Result<Option<Charge>, Trouble> {
+    ) -> Result<Option<Charge>, Error> {
         let (tell, answer) = oneshot::channel();
         let question = Question {
             id: (account_id, charge_id),
             deadline,
             tell,
         };
-        // A task that panics drops what it has taken.
-        self.queue.send(question).map_err(|_| Trouble::Refused)?;
+        self.queue.try_send(question).map_err(|why| match why {
+            TrySendError::Full(_) => Error::Unavailable(Unavailable::ReadsFull),
+            TrySendError::Closed(_) => Error::Internal,
+        })?;
         match tokio::time::timeout_at(deadline, answer).await {
-            Ok(answer) => answer.unwrap_or(Err(Trouble::Refused)),
-            Err(_) => Err(Trouble::Passing),
+            Ok(Ok(found)) => Ok(found?),
+            // A task that panics drops what it has taken.
+            Ok(Err(_)) => Err(Error::Internal),
+            Err(_) => Err(Error::Unavailable(Unavailable::Database)),
         }
     }
 }
@@ -101,7 +114,7 @@ struct Task {
 }
 
 impl Task {
-    async fn run(mut self, questions: Arc<Mutex<mpsc::UnboundedReceiver<Question>>>) {
+    async fn run(mut self, questions: Arc<Mutex<mpsc::Receiver<Question>>>) {
         loop {
             let mut batch = Vec::new();
             // Held while waiting, so that one of the tasks gets all that is there.
@@ -190,5 +203,29 @@ impl Task {
 fn give_up(batch: Vec<Question>, trouble: Trouble) {
     for question in batch {
         let _ = question.tell.send(Err(trouble));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{task::Poll, time::Duration};
+
+    use futures::poll;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn one_more_than_may_wait_is_refused_at_once() {
+        let nowhere = db::connect_options("postgres://127.0.0.1:1/none").unwrap();
+        let reader = Reader::start(&Server::direct(nowhere));
+        let in_an_hour = Instant::now() + Duration::from_hours(1);
+        let ask = || Box::pin(reader.charge(AccountId::new(), ChargeId::new(), in_an_hour));
+        // The tasks have no thread to run on while this does not wait.
+        let mut waiting: Vec<_> = (0..WAITING_MAX).map(|_| ask()).collect();
+        for question in &mut waiting {
+            assert!(poll!(question).is_pending());
+        }
+        let refused = Err(Error::Unavailable(Unavailable::ReadsFull));
+        assert_eq!(poll!(ask()), Poll::Ready(refused));
     }
 }

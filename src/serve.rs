@@ -6,7 +6,7 @@ use std::{
 };
 
 use axum::{
-    Router,
+    Extension, Router,
     http::{HeaderValue, header::CONNECTION},
     middleware::map_response,
     response::Response,
@@ -24,6 +24,7 @@ use tokio::{
     sync::watch,
     time::{Instant, sleep_until},
 };
+use tower_layer::Layer;
 use tracing::{debug, info, warn};
 
 use crate::{
@@ -31,7 +32,12 @@ use crate::{
     cli::Failure,
     config,
     db::{self, READ_TIMEOUT, Server, Trouble, Unfit},
-    http::{self, App, caller::Callers, limit::Limits},
+    http::{
+        self, App,
+        admission::Admission,
+        caller::{self, Callers, Peer},
+        limit::Limits,
+    },
     idempotency::purge,
     reader::Reader,
     writer::{self, Writer},
@@ -67,6 +73,13 @@ pub async fn run(config: config::Serve) -> Result<(), Failure> {
     wait_until_fit(&server).await?;
 
     let pool = server.pool(config.pool_size);
+    let callers = Callers::new(
+        server.pool(caller::CONNECTIONS),
+        caller::Options {
+            failures_max: config.auth_failure_limit,
+            ..caller::Options::default()
+        },
+    );
     let reader = Reader::start(&server);
     let writer = Writer::start(writer::Options {
         server,
@@ -76,7 +89,8 @@ pub async fn run(config: config::Serve) -> Result<(), Failure> {
     let limits = Limits::per_second(config.rate_limit);
     let purge = tokio::spawn(purge::run_forever(pool.clone(), config.purge_interval));
     let app = App {
-        callers: Callers::new(pool.clone()),
+        callers,
+        admission: Admission::new(config.pool_size),
         pool: pool.clone(),
         reader,
         writer: writer.clone(),
@@ -158,7 +172,7 @@ async fn serve(
     let connections = GracefulShutdown::new();
     loop {
         // What was connected before the stop is in the queue of the listener.
-        let (stream, _) = tokio::select! {
+        let (stream, peer) = tokio::select! {
             biased;
             taken = Listener::accept(&mut listener) => taken,
             _ = stopping.wait_for(Option::is_some) => break,
@@ -172,7 +186,7 @@ async fn serve(
             .header_read_timeout(idle_timeout)
             .serve_connection(
                 TokioIo::new(stream),
-                TowerToHyperService::new(router.clone()),
+                TowerToHyperService::new(Extension(Peer(peer.ip())).layer(router.clone())),
             );
         let connection = connections.watch(connection);
         tokio::spawn(async move {

@@ -179,6 +179,12 @@ async fn a_mistake_is_named(pool: PgPool) {
         (&["serve"], "RULES", "form=1h form=2h", "form has two rules"),
         (&["serve"], "KEYLESS", "yes", "--keyless"),
         (&["serve"], "RATE_LIMIT", "-1", "--rate-limit"),
+        (
+            &["serve"],
+            "AUTH_FAILURE_LIMIT",
+            "-1",
+            "--auth-failure-limit",
+        ),
         (&["serve"], "DUPLICATE_GUARD", "on", "--duplicate-guard"),
         (&["serve"], "DUPLICATE_WAIT", "11s", "--duplicate-wait"),
         (&["serve"], "BATCH_MAX", "0", "--batch-max"),
@@ -592,6 +598,7 @@ async fn an_empty_variable_counts_as_unset(pool: PgPool) {
         "BATCH_MAX",
         "QUEUE_MAX",
         "POOL_SIZE",
+        "AUTH_FAILURE_LIMIT",
         "PURGE_INTERVAL",
         "SHUTDOWN_TIMEOUT",
     ] {

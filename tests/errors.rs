@@ -769,6 +769,69 @@ async fn bad_queries_are_refused(pool: PgPool) {
     }
 }
 
+/// One account's parsing is time that all others wait for.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_request_of_too_many_or_too_deep_values_is_refused_by_its_limit(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    let post = || service.post("/v1/charges", "order_1");
+    let many = |field: &str, separator: &str| {
+        let fields = (0..201).map(|i| field.replace('#', &i.to_string()));
+        fields.collect::<Vec<_>>().join(separator)
+    };
+    let json = |body: String| {
+        let call = post().header("content-type", "application/json");
+        call.body(body)
+    };
+    let too_many = "more than 200 parameters";
+    let too_deep = "deeper than 8 levels";
+    for (call, limit) in [
+        (post().form(&many("a#[]", "&")), too_many),
+        (post().form(&many("metadata[a#]=1", "&")), too_many),
+        (json(format!("{{{}}}", many("\"a#\":1", ","))), too_many),
+        (
+            json(format!(
+                "{{\"metadata\":{{{}}}}}",
+                many("\"a#\":\"1\"", ",")
+            )),
+            too_many,
+        ),
+        (
+            json(format!("{{\"expand\":[{}]}}", many("#", ","))),
+            too_many,
+        ),
+        (
+            json(format!("{}1{}", "{\"a\":".repeat(9), "}".repeat(9))),
+            too_deep,
+        ),
+        (
+            service.get(&format!("/v1/charges?{}", many("a#[]", "&"))),
+            too_many,
+        ),
+        (
+            service.get(&format!("/v1/refunds?{}", many("created[a#]=1", "&"))),
+            too_many,
+        ),
+    ] {
+        let reply = call.send().await;
+        reply.assert_error(400, "parameter_unreadable");
+        let detail = reply.value()["detail"].as_str().unwrap().to_owned();
+        assert!(detail.contains(limit), "{detail}");
+        assert_eq!(reply.value()["error"]["param"], Value::Null);
+    }
+    assert_eq!(count(&pool, "idempotency_keys").await, 0);
+    // As much as one request can mean.
+    let charge = service.charge("order_1").send().await.charge_id();
+    let metadata: Vec<_> = (0..50)
+        .map(|i| format!("metadata[old{i}]=&metadata[new{i}]=1"))
+        .collect();
+    let reply = service
+        .post(&format!("/v1/charges/{charge}"), "update_1")
+        .form(&metadata.join("&"))
+        .send()
+        .await;
+    assert_eq!(reply.status, 200, "{reply:?}");
+}
+
 #[sqlx::test(migrator = "payonce::MIGRATOR")]
 async fn an_account_has_a_limit_of_its_own(pool: PgPool) {
     let settings = Settings {

@@ -21,6 +21,7 @@ mod lists;
 mod lookup;
 mod one_charge_per_key;
 mod other_request_refused;
+mod overload;
 mod plans;
 mod pooler;
 mod purge;

@@ -229,6 +229,7 @@ pub(super) async fn list(
     let page = asked
         .page(async |id| Ok(there(id).await?.map(|charge| charge.id.0)))
         .await?;
+    let _turn = app.admission.turn(exchange.deadline).await?;
     let rows = db::read(exchange.deadline, || {
         charges::list(&app.pool, caller.account_id, customer.as_deref(), &page)
     })
@@ -248,7 +249,7 @@ async fn find(
     id: ChargeId,
 ) -> Result<Option<Charge>, Error> {
     let asked = app.reader.charge(caller.account_id, id, exchange.deadline);
-    Ok(asked.await?)
+    asked.await
 }
 
 /// Whether the request says that it is no duplicate of one that it looks like.

@@ -78,7 +78,7 @@ impl<T: FromParams> FromRequest<App> for Command<T> {
     async fn from_request(request: Request, app: &App) -> Result<Self, Error> {
         let (mut parts, body) = request.into_parts();
         let Ok(exchange) = Exchange::from_request_parts(&mut parts, app).await;
-        let Caller { account_id } = Caller::from_request_parts(&mut parts, app).await?;
+        Caller::from_request_parts(&mut parts, app).await?;
         let media_type = MediaType::of(&parts.headers)?;
         let key = idempotency_key(&parts.headers)?;
         if key.is_none() && app.keyless == Keyless::Refuse {
@@ -88,6 +88,9 @@ impl<T: FromParams> FromRequest<App> for Command<T> {
             Params::from_form(query.as_bytes())?.finish()?;
         }
         let body = read_body(&parts.headers, body, BODY_MAX, exchange.deadline).await?;
+        // Again, since the body may have taken its time: an API key that was revoked
+        // meanwhile charges nobody. Costs a query only if it did.
+        let Caller { account_id } = Caller::identify(&mut parts, app).await?;
         let mut params = match media_type {
             Some(MediaType::Json) => Params::from_json(&body)?,
             Some(MediaType::Form) => Params::from_form(&body)?,

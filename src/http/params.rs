@@ -5,17 +5,36 @@
 //! Not serde's derive: its errors do not say which parameter is meant, and a
 //! map would swallow a repeated one. Not a form crate: those decode broken
 //! UTF-8 to replacement characters and let the last of two values win.
+//!
+//! Parsing takes time and memory in proportion to the bytes, whatever they are,
+//! and stops at [`VALUES_MAX`] values: it runs on a thread that all accounts
+//! share.
 
-use std::{borrow::Cow, collections::BTreeMap, fmt};
+use std::{
+    borrow::Cow,
+    cell::Cell,
+    collections::{BTreeMap, HashMap},
+    fmt,
+};
 
 use percent_encoding::percent_decode;
 use serde::{
-    Deserialize, Deserializer,
-    de::{MapAccess, SeqAccess, Visitor},
+    Deserializer,
+    de::{DeserializeSeed, MapAccess, SeqAccess, Visitor},
 };
 
 use crate::charges::METADATA_ENTRIES_MAX;
 use crate::error::{BadParameter, ParameterCode};
+
+/// Most values that a body or a query may hold, those inside of others counted
+/// too. The largest request there is updates metadata: it removes 50 names and
+/// adds 50.
+pub const VALUES_MAX: usize = 200;
+
+/// How deep values may be nested: `{"metadata": {"order": "7"}}` is two levels.
+/// A few more than are used, so that what is nested by mistake gets the error of
+/// its parameter.
+pub const DEPTH_MAX: usize = 8;
 
 /// How a value was written, and so what it may mean: a form knows texts only,
 /// and `5000` in it is a number where one is asked for; JSON's `"5000"` is not.
@@ -59,22 +78,38 @@ fn unreadable(message: impl Into<String>) -> BadParameter {
     }
 }
 
+fn too_many_values() -> BadParameter {
+    unreadable(format!(
+        "The request has more than {VALUES_MAX} parameters, counting those inside of others."
+    ))
+}
+
 impl Params {
     /// From a JSON object.
     ///
     /// # Errors
-    /// If it is not one, or a name stands in it twice.
+    /// If it is not one, holds more than [`VALUES_MAX`] values or nests them
+    /// deeper than [`DEPTH_MAX`], or a name stands in it twice.
     pub fn from_json(body: &[u8]) -> Result<Self, BadParameter> {
         let text = std::str::from_utf8(body).map_err(|_| unreadable("The body is not UTF-8."))?;
-        // serde_json gives up at a depth of 128 by itself.
-        let value: Value = serde_json::from_str(text).map_err(|error| {
-            // Only where, never what: the message could repeat the body.
-            unreadable(format!(
-                "The body is not valid JSON (line {}, column {}).",
-                error.line(),
-                error.column()
-            ))
-        })?;
+        let limits = Limits::default();
+        let mut json = serde_json::Deserializer::from_str(text);
+        let value = limits
+            .at_depth(0)
+            .deserialize(&mut json)
+            .and_then(|value| json.end().map(|()| value))
+            .map_err(|error| match limits.exceeded.get() {
+                Some(Exceeded::Values) => too_many_values(),
+                Some(Exceeded::Depth) => unreadable(format!(
+                    "The body is nested deeper than {DEPTH_MAX} levels."
+                )),
+                // Only where, never what: the message could repeat the body.
+                None => unreadable(format!(
+                    "The body is not valid JSON (line {}, column {}).",
+                    error.line(),
+                    error.column()
+                )),
+            })?;
         match value {
             Value::Map(fields) => Self(fields).without_repetition(),
             _ => Err(unreadable("The body is JSON, but not an object.")),
@@ -84,11 +119,17 @@ impl Params {
     /// From `application/x-www-form-urlencoded`, or a query.
     ///
     /// # Errors
-    /// If it is not UTF-8, a name has brackets of another form than `a[b]`, or
-    /// stands in it twice.
+    /// If it is not UTF-8, holds more than [`VALUES_MAX`] values, a name has
+    /// brackets of another form than `a[b]`, or stands in it twice.
     pub fn from_form(body: &[u8]) -> Result<Self, BadParameter> {
         let mut fields: Vec<(String, Value)> = Vec::new();
-        for pair in body.split(|&b| b == b'&').filter(|pair| !pair.is_empty()) {
+        // Where in `fields` the map of an outer name is.
+        let mut maps: HashMap<String, usize> = HashMap::new();
+        let pairs = body.split(|&b| b == b'&').filter(|pair| !pair.is_empty());
+        for (count, pair) in pairs.enumerate() {
+            if count == VALUES_MAX {
+                return Err(too_many_values());
+            }
             let end = pair.iter().position(|&b| b == b'=').unwrap_or(pair.len());
             let name = form_text(&pair[..end])?;
             let value = Value::FormText(form_text(pair.get(end + 1..).unwrap_or_default())?);
@@ -107,12 +148,12 @@ impl Params {
                     )
                 })?;
             let entry = (inner.to_owned(), value);
-            match fields
-                .iter_mut()
-                .find(|(name, value)| name == outer && matches!(value, Value::Map(_)))
-            {
-                Some((_, Value::Map(entries))) => entries.push(entry),
-                _ => fields.push((outer.to_owned(), Value::Map(vec![entry]))),
+            match maps.get(outer).map(|&at| &mut fields[at].1) {
+                Some(Value::Map(entries)) => entries.push(entry),
+                _ => {
+                    maps.insert(outer.to_owned(), fields.len());
+                    fields.push((outer.to_owned(), Value::Map(vec![entry])));
+                }
             }
         }
         Self(fields).without_repetition()
@@ -393,61 +434,122 @@ fn printable(name: &str) -> String {
     name.chars().filter(|c| !c.is_control()).take(64).collect()
 }
 
-impl<'de> Deserialize<'de> for Value {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Tree;
+/// Which limit a JSON text went beyond.
+#[derive(Clone, Copy)]
+enum Exceeded {
+    Values,
+    Depth,
+}
 
-        impl<'de> Visitor<'de> for Tree {
-            type Value = Value;
+/// What may still be read of a JSON text.
+struct Limits {
+    values_left: Cell<usize>,
+    exceeded: Cell<Option<Exceeded>>,
+}
 
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a JSON value")
-            }
-
-            fn visit_unit<E>(self) -> Result<Value, E> {
-                Ok(Value::Null)
-            }
-
-            fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
-                Ok(Value::Bool(value))
-            }
-
-            fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
-                Ok(Value::Number(value.into()))
-            }
-
-            fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
-                Ok(Value::Number(value.into()))
-            }
-
-            fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
-                Ok(serde_json::Number::from_f64(value).map_or(Value::Null, Value::Number))
-            }
-
-            fn visit_str<E>(self, value: &str) -> Result<Value, E> {
-                Ok(Value::Text(value.to_owned()))
-            }
-
-            fn visit_string<E>(self, value: String) -> Result<Value, E> {
-                Ok(Value::Text(value))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
-                // No parameter is a list: read to the end, and forget it.
-                while seq.next_element::<Value>()?.is_some() {}
-                Ok(Value::List)
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
-                let mut entries = Vec::new();
-                while let Some(entry) = map.next_entry()? {
-                    entries.push(entry);
-                }
-                Ok(Value::Map(entries))
-            }
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            // And the body itself.
+            values_left: Cell::new(VALUES_MAX + 1),
+            exceeded: Cell::new(None),
         }
+    }
+}
 
-        deserializer.deserialize_any(Tree)
+impl Limits {
+    fn at_depth(&self, depth: usize) -> Tree<'_> {
+        Tree {
+            limits: self,
+            depth,
+        }
+    }
+
+    fn exceed<E: serde::de::Error>(&self, limit: Exceeded) -> E {
+        self.exceeded.set(Some(limit));
+        // Not seen by anybody: `exceeded` says it.
+        E::custom("a limit is exceeded")
+    }
+}
+
+/// Reads one value, which stands inside of `depth` others.
+#[derive(Clone, Copy)]
+struct Tree<'a> {
+    limits: &'a Limits,
+    depth: usize,
+}
+
+impl Tree<'_> {
+    fn inside<E: serde::de::Error>(self) -> Result<Self, E> {
+        if self.depth == DEPTH_MAX {
+            return Err(self.limits.exceed(Exceeded::Depth));
+        }
+        Ok(self.limits.at_depth(self.depth + 1))
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Tree<'_> {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        let left = self.limits.values_left.get();
+        let left = left
+            .checked_sub(1)
+            .ok_or_else(|| self.limits.exceed(Exceeded::Values))?;
+        self.limits.values_left.set(left);
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Tree<'_> {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a JSON value")
+    }
+
+    fn visit_unit<E>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_bool<E>(self, value: bool) -> Result<Value, E> {
+        Ok(Value::Bool(value))
+    }
+
+    fn visit_i64<E>(self, value: i64) -> Result<Value, E> {
+        Ok(Value::Number(value.into()))
+    }
+
+    fn visit_u64<E>(self, value: u64) -> Result<Value, E> {
+        Ok(Value::Number(value.into()))
+    }
+
+    fn visit_f64<E>(self, value: f64) -> Result<Value, E> {
+        Ok(serde_json::Number::from_f64(value).map_or(Value::Null, Value::Number))
+    }
+
+    fn visit_str<E>(self, value: &str) -> Result<Value, E> {
+        Ok(Value::Text(value.to_owned()))
+    }
+
+    fn visit_string<E>(self, value: String) -> Result<Value, E> {
+        Ok(Value::Text(value))
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Value, A::Error> {
+        let inside = self.inside::<A::Error>()?;
+        // No parameter is a list: read to the end, and forget it.
+        while seq.next_element_seed(inside)?.is_some() {}
+        Ok(Value::List)
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
+        let inside = self.inside::<A::Error>()?;
+        let mut entries = Vec::new();
+        while let Some(name) = map.next_key()? {
+            entries.push((name, map.next_value_seed(inside)?));
+        }
+        Ok(Value::Map(entries))
     }
 }
 
@@ -543,7 +645,111 @@ mod tests {
         }
     }
 
+    #[test]
+    fn what_goes_beyond_a_limit_is_refused_by_it_and_not_read_to_its_end() {
+        let refused = |result: Result<Params, BadParameter>| {
+            let bad = result.unwrap_err();
+            assert_eq!((bad.code, bad.param), (ParameterCode::Unreadable, None));
+            bad.message
+        };
+        let too_many = "The request has more than 200 parameters, counting those inside of others.";
+        let too_deep = "The body is nested deeper than 8 levels.";
+        // What follows is broken, and would be another error if it were read.
+        let form = |name: fn(usize) -> String, count| {
+            let fields: Vec<_> = (0..count).map(|i| name(i) + "=1").collect();
+            fields.join("&")
+        };
+        for name in [
+            |i| format!("a{i}"),
+            |i| format!("a{i}[]"),
+            |i| format!("a{i}[b]"),
+            |i| format!("a[b{i}]"),
+        ] as [fn(usize) -> String; 4]
+        {
+            let most = form(name, VALUES_MAX);
+            if !most.contains("[]") {
+                Params::from_form(most.as_bytes()).unwrap();
+            }
+            let more = form(name, VALUES_MAX + 1) + "&%ff";
+            assert_eq!(refused(Params::from_form(more.as_bytes())), too_many);
+        }
+        let json = |count: usize, end: &str| {
+            let fields: Vec<_> = (0..count).map(|i| format!("\"a{i}\":1")).collect();
+            format!("{{{}{end}", fields.join(","))
+        };
+        Params::from_json(json(VALUES_MAX, "}").as_bytes()).unwrap();
+        assert_eq!(
+            refused(Params::from_json(json(VALUES_MAX + 1, ",").as_bytes())),
+            too_many
+        );
+        let inner = format!("{{\"m\":{}}}", json(VALUES_MAX - 1, "}"));
+        Params::from_json(inner.as_bytes()).unwrap();
+        let inner = format!("{{\"m\":{},", json(VALUES_MAX, "}"));
+        assert_eq!(refused(Params::from_json(inner.as_bytes())), too_many);
+        let list = format!("{{\"m\":[{}1,", "1,".repeat(VALUES_MAX));
+        assert_eq!(refused(Params::from_json(list.as_bytes())), too_many);
+
+        for (open, close) in [("{\"a\":", "}"), ("[", "]")] {
+            let body =
+                |depth: usize, end: &str| format!("{{\"m\":{}1{end}", open.repeat(depth - 1));
+            let most = body(DEPTH_MAX, &(close.repeat(DEPTH_MAX - 1) + "}"));
+            Params::from_json(most.as_bytes()).unwrap();
+            assert_eq!(
+                refused(Params::from_json(body(DEPTH_MAX + 1, "").as_bytes())),
+                too_deep
+            );
+        }
+    }
+
+    /// A form as the definition says it, one field after the other.
+    fn naive(pairs: &[(String, Option<String>, String)]) -> Vec<(String, Value)> {
+        let mut fields: Vec<(String, Value)> = Vec::new();
+        for (outer, inner, text) in pairs {
+            let value = Value::FormText(text.clone());
+            let Some(inner) = inner else {
+                fields.push((outer.clone(), value));
+                continue;
+            };
+            let map = fields
+                .iter_mut()
+                .find(|(name, value)| name == outer && matches!(value, Value::Map(_)));
+            if let Some((_, Value::Map(entries))) = map {
+                entries.push((inner.clone(), value));
+            } else {
+                fields.push((outer.clone(), Value::Map(vec![(inner.clone(), value)])));
+            }
+        }
+        fields
+    }
+
     proptest! {
+        #[test]
+        fn a_form_is_what_its_fields_are_one_by_one(
+            pairs in proptest::collection::vec(("[a-d]", proptest::option::of("[x-z]{1,2}"), "[0-9]{0,2}"), 0..8)
+        ) {
+            let fields: Vec<_> = pairs
+                .iter()
+                .map(|(outer, inner, text)| match inner {
+                    Some(inner) => format!("{outer}[{inner}]={text}"),
+                    None => format!("{outer}={text}"),
+                })
+                .collect();
+            let expected = Params(naive(&pairs)).without_repetition();
+            let parsed = Params::from_form(fields.join("&").as_bytes());
+            prop_assert_eq!(parsed.map(|params| params.0), expected.map(|params| params.0));
+        }
+
+        #[test]
+        fn a_request_has_at_most_so_many_values(count in 0..2 * VALUES_MAX, per_map in 1..60_usize) {
+            let field = |i: usize| format!("a{}[b{i}]=1", i / per_map);
+            let form: Vec<_> = (0..count).map(field).collect();
+            let parsed = Params::from_form(form.join("&").as_bytes());
+            prop_assert_eq!(parsed.is_ok(), count <= VALUES_MAX);
+            let json: Vec<_> = (0..count).map(|i| format!("\"a{i}\":\"\"")).collect();
+            let parsed = Params::from_json(format!("{{{}}}", json.join(",")).as_bytes());
+            prop_assert_eq!(parsed.is_ok(), count <= VALUES_MAX);
+        }
+
         #[test]
         fn no_body_panics(body in proptest::collection::vec(any::<u8>(), 0..200)) {
             let _ = Params::from_json(&body);

@@ -73,6 +73,7 @@ pub(super) async fn retrieve(
     let missing = Error::ResourceMissing { param: None };
     let id: Option<RefundId> = id.ok().and_then(|Path(id)| id.parse().ok());
     let id = id.ok_or_else(|| missing.clone())?;
+    let _turn = app.admission.turn(exchange.deadline).await?;
     let refund = find(&app, exchange, caller, id).await?.ok_or(missing)?;
     Ok(json(StatusCode::OK, refund.answer().body.to_string()))
 }
@@ -94,6 +95,7 @@ pub(super) async fn list(
                 .map_err(|_| not_allowed("charge", "must be the id of a charge, ch_…"))
         })
         .transpose()?;
+    let _turn = app.admission.turn(exchange.deadline).await?;
     let page = asked
         .page(async |id| {
             let there = find(&app, exchange, caller, id).await?;
@@ -112,6 +114,7 @@ pub(super) async fn list(
     ))
 }
 
+/// For those whose turn it is.
 async fn find(
     app: &App,
     exchange: Exchange,

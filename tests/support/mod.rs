@@ -20,7 +20,13 @@ use payonce::{
     accounts,
     charges::{Charge, ChargeRequest, CreateCharge},
     db::Server,
-    http::{App, DuplicateGuard, Keyless, caller::Callers, limit::Limits, router},
+    http::{
+        App, DuplicateGuard, Keyless,
+        admission::Admission,
+        caller::{self, Callers, Peer},
+        limit::Limits,
+        router,
+    },
     idempotency::{FieldDigests, Fingerprint, Key, Rules, Scenario, Scope},
     ids::{AccountId, RequestId},
     money::{Amount, Currency},
@@ -55,6 +61,7 @@ pub struct Settings {
     pub keyless: Keyless,
     pub rate_limit: u32,
     pub duplicate_guard: DuplicateGuard,
+    pub callers: caller::Options,
 }
 
 impl Default for Settings {
@@ -70,6 +77,7 @@ impl Default for Settings {
             keyless: Keyless::Refuse,
             rate_limit: 0,
             duplicate_guard: DuplicateGuard::Off,
+            callers: caller::Options::default(),
         }
     }
 }
@@ -142,7 +150,7 @@ impl Service {
     /// The same replica, that has forgotten who its callers are.
     pub fn with_cold_callers(&self) -> Self {
         let app = App {
-            callers: Callers::new(self.app.pool.clone()),
+            callers: self.app.callers.cold(),
             ..self.app.clone()
         };
         Self {
@@ -229,7 +237,8 @@ fn app_on(server: &Server, settings: &Settings) -> App {
     let pool = server.pool(settings.pool_size);
     let payment = format!("payment={}us", settings.answer_ttl.as_micros());
     App {
-        callers: Callers::new(pool.clone()),
+        callers: Callers::new(server.pool(caller::CONNECTIONS), settings.callers),
+        admission: Admission::new(settings.pool_size),
         pool,
         reader: Reader::start(server),
         writer,
@@ -292,6 +301,14 @@ impl Call {
     pub fn header(self, name: &str, value: &str) -> Self {
         Self {
             request: self.request.header(name, value),
+            ..self
+        }
+    }
+
+    /// As the accept loop says where it came from.
+    pub fn from_address(self, address: &str) -> Self {
+        Self {
+            request: self.request.extension(Peer(address.parse().unwrap())),
             ..self
         }
     }
