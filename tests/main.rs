@@ -1,5 +1,9 @@
 //! The promises, one file each, over the real router and a real PostgreSQL.
 
+#[expect(
+    dead_code,
+    reason = "shared with the chaos suite, which uses the rest of it"
+)]
 mod support;
 
 mod accounts_are_apart;

@@ -56,6 +56,9 @@ scenarios! {
     "clocks of the replicas an hour ahead and behind" => clocks,
     "purge all the time, answers kept for 1 s" => purged,
     "PgBouncer in between, PostgreSQL restarted" => pooled,
+    "synchronous standby, backends of the primary killed" => backends_killed,
+    "synchronous standby, primary crashes and is lost, standby promoted" => primaries_lost,
+    "synchronous standby away" => standby_away,
 }
 
 /// How a scenario ended.
@@ -242,7 +245,7 @@ impl World {
                 .map(|replica| format!("http://{}", replica.address))
                 .collect(),
             api_key: self.api_key.clone(),
-            url: self.direct.to_url_lossy().to_string(),
+            url: Some(self.direct.to_url_lossy().to_string()),
             time,
             arguments: vec![],
             charges_max: u64::MAX,
@@ -255,7 +258,8 @@ impl World {
 struct Storms {
     targets: Vec<String>,
     api_key: String,
-    url: String,
+    /// Where the tables are, to be audited as well.
+    url: Option<String>,
     time: Duration,
     arguments: Vec<&'static str>,
     /// No more storms after so many charges.
@@ -341,8 +345,10 @@ impl Storms {
         for target in &self.targets {
             command.args(["--target", target]);
         }
+        if let Some(url) = &self.url {
+            command.args(["--database-url", url]);
+        }
         command
-            .args(["--database-url", &self.url])
             .args(["--seed", &next_seed().to_string()])
             .arg("--history")
             .arg(&history)
@@ -389,7 +395,9 @@ impl Storms {
         ]) {
             *sum += count(name);
         }
-        row.tables += report["table_findings"].as_array().map_or(1, Vec::len) as u64;
+        if self.url.is_some() {
+            row.tables += report["table_findings"].as_array().map_or(1, Vec::len) as u64;
+        }
         if !output.status.success() {
             eprintln!("{said}{report}");
         }
@@ -863,4 +871,140 @@ async fn pooled(cluster: Arc<Cluster>, time: Duration) -> Outcome {
     )
     .await;
     Outcome::Ran(restarts_during(&cluster, world.storms(time)).await)
+}
+
+/// A primary whose COMMITs wait for a standby, and the way to whichever of them is the
+/// primary.
+struct Pair {
+    primary: Cluster,
+    standby: Cluster,
+    way: Proxy,
+    standbys: usize,
+}
+
+impl Pair {
+    async fn start() -> Self {
+        let primary = Cluster::start("chaos-sync-0").await;
+        let standby = primary.standby("chaos-sync-1").await;
+        primary.wait_for_standbys().await;
+        let way = Proxy::to(&primary.pool().await).await;
+        Self {
+            primary,
+            standby,
+            way,
+            standbys: 1,
+        }
+    }
+
+    /// Everybody goes by the way, the storm's audit of the tables too: what it finds is
+    /// what the servers that are left have.
+    async fn world(&self) -> World {
+        let mut world = World::new(&self.primary, |direct| self.way.options(direct), &[]).await;
+        world.direct = self.way.options(&world.direct);
+        world
+    }
+
+    /// The primary is lost, and the standby takes over; then it gets a standby of its own.
+    async fn fail_over(&mut self) {
+        self.primary.stop("immediate").await;
+        self.standby.promote().await;
+        let pool = self.standby.pool().await;
+        self.way.lead_to(&pool);
+        pool.close().await;
+        self.standbys += 1;
+        let next = format!("chaos-sync-{}", self.standbys);
+        let next = self.standby.standby(&next).await;
+        self.standby.wait_for_standbys().await;
+        self.primary = std::mem::replace(&mut self.standby, next);
+    }
+}
+
+/// The server recovers as from a crash, and shows rows that its standby may lack.
+async fn backends_killed(_: Arc<Cluster>, time: Duration) -> Outcome {
+    let pair = Pair::start().await;
+    let world = pair.world().await;
+    let storms = world.storms(time);
+    let watch = storms.watch.clone();
+    let kills = async {
+        while !watch.over() {
+            let name = format!("replica-{}", watch.faults() % 2);
+            if pair.primary.kill_a_backend(&name).await {
+                watch.fault();
+            }
+            sleep(Duration::from_secs(1)).await;
+        }
+    };
+    let ((row, _), ()) = tokio::join!(storms.blow_until_a_fault(), kills);
+    world.pool.close().await;
+    Outcome::Ran(row)
+}
+
+/// The standby has to have whatever was acknowledged, also what was found again in the
+/// moment between the crash of the primary and its loss.
+async fn primaries_lost(_: Arc<Cluster>, time: Duration) -> Outcome {
+    let mut pair = Pair::start().await;
+    let world = pair.world().await;
+    let mut storms = world.storms(time);
+    // The audit of the tables goes over one connection, which would not survive this;
+    // that of the API does.
+    storms.url = None;
+    let watch = storms.watch.clone();
+    let losses = async {
+        while !watch.over() {
+            let name = format!("replica-{}", watch.faults() % 2);
+            if pair.primary.kill_a_backend(&name).await {
+                sleep(Duration::from_millis(rand::random_range(200..400))).await;
+                pair.fail_over().await;
+                watch.fault();
+            }
+            sleep(Duration::from_secs(1)).await;
+        }
+    };
+    let ((row, _), ()) = tokio::join!(storms.blow_until_a_fault(), losses);
+    world.pool.close().await;
+    Outcome::Ran(row)
+}
+
+/// Longer than a request lives, so that some are told 503; nothing else may come of it,
+/// and the connections of the server must not be used up.
+async fn standby_away(_: Arc<Cluster>, time: Duration) -> Outcome {
+    let away = if time > Duration::from_secs(20) {
+        Duration::from_mins(1)
+    } else {
+        Duration::from_secs(12)
+    };
+    let pair = Pair::start().await;
+    let world = pair.world().await;
+    let mut storms = world.storms(time);
+    storms.arguments = vec!["--patience", "3m"];
+    let watch = storms.watch.clone();
+    let faults = async {
+        let mut most = 0;
+        while !watch.over() {
+            pair.standby.stop("fast").await;
+            let end = Instant::now() + away;
+            while Instant::now() < end {
+                let waiting: i64 = sqlx::query_scalar(
+                    "select count(*) from pg_stat_activity where wait_event = 'SyncRep'",
+                )
+                .fetch_one(&world.pool)
+                .await
+                .unwrap();
+                most = most.max(waiting);
+                sleep(Duration::from_millis(100)).await;
+            }
+            pair.standby.start_again().await;
+            watch.fault();
+            sleep(Duration::from_secs(2)).await;
+        }
+        most
+    };
+    let ((mut row, _), most) = tokio::join!(storms.blow_until_a_fault(), faults);
+    // Two writing tasks each; the others are the storm's patience, and a slow machine's.
+    if most > 8 {
+        row.complaints
+            .push(format!("{most} connections waited for the standby"));
+    }
+    world.pool.close().await;
+    Outcome::Ran(row)
 }

@@ -86,6 +86,22 @@ impl Cluster {
         super::eventually("the standby is synchronous", waits).await;
     }
 
+    /// Kills one of the backends of the sessions with this application name, if there
+    /// is one: the server ends all others, and recovers as from a crash.
+    pub async fn kill_a_backend(&self, application_name: &str) -> bool {
+        let pid: Option<i32> = sqlx::query_scalar(
+            "select pid from pg_stat_activity where application_name = $1 order by random() limit 1",
+        )
+        .bind(application_name)
+        .fetch_optional(&self.pool().await)
+        .await
+        .unwrap();
+        pid.is_some_and(|pid| {
+            super::process::send_signal(Some(pid.cast_unsigned()), rustix::process::Signal::KILL)
+                .is_ok()
+        })
+    }
+
     /// `fast` or `immediate`, which is a crash.
     pub async fn stop(&self, mode: &'static str) {
         let name = self.name.clone();

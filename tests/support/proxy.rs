@@ -3,7 +3,7 @@
 use std::{
     future::pending,
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
     time::Duration,
@@ -36,6 +36,7 @@ pub enum Network {
 
 pub struct Proxy {
     port: u16,
+    target: Arc<Mutex<(String, u16)>>,
     network: watch::Sender<Network>,
     commits_to_lose: Arc<AtomicUsize>,
     committed_first: Arc<AtomicBool>,
@@ -45,11 +46,11 @@ pub struct Proxy {
 impl Proxy {
     /// To the server that the pool is connected to.
     pub async fn to(pool: &PgPool) -> Self {
-        let options = pool.connect_options();
-        let target = (options.get_host().to_owned(), options.get_port());
+        let target = Arc::new(Mutex::new(address(pool)));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let proxy = Self {
             port: listener.local_addr().unwrap().port(),
+            target: Arc::clone(&target),
             network: watch::Sender::new(Network::Well),
             commits_to_lose: Arc::default(),
             committed_first: Arc::default(),
@@ -67,7 +68,8 @@ impl Proxy {
                 if *network.borrow() == Network::Down {
                     continue;
                 }
-                let Ok(server) = TcpStream::connect(&target).await else {
+                let target = target.lock().unwrap().clone();
+                let Ok(server) = TcpStream::connect(target).await else {
                     continue;
                 };
                 let (network, mut down) = (network.subscribe(), network.subscribe());
@@ -90,6 +92,11 @@ impl Proxy {
     /// The way to the same database through here.
     pub fn options(&self, direct: &PgConnectOptions) -> PgConnectOptions {
         direct.clone().host("127.0.0.1").port(self.port)
+    }
+
+    /// Connections that are made from now on end at another server, as after a failover.
+    pub fn lead_to(&self, pool: &PgPool) {
+        *self.target.lock().unwrap() = address(pool);
     }
 
     /// The network is like this from now on.
@@ -116,6 +123,11 @@ impl Proxy {
     pub fn commits_to_lose(&self) -> usize {
         self.commits_to_lose.load(Ordering::SeqCst)
     }
+}
+
+fn address(pool: &PgPool) -> (String, u16) {
+    let options = pool.connect_options();
+    (options.get_host().to_owned(), options.get_port())
 }
 
 async fn forward(
