@@ -526,7 +526,7 @@ impl Settings {
     fn duplicate(&self, row: Option<NewRow<'_>>, found: KeyRow) -> Result<Response, Error> {
         let ours = row.map(|row| row.fingerprint);
         if ours != Some(found.fingerprint) {
-            return Err(if found.fingerprint.is_comparable() {
+            return Err(if found.fingerprint.version() <= Fingerprint::of_nothing().version() {
                 Error::KeyReused(None)
             } else {
                 Error::Unavailable(Unavailable::NewerRelease)
