@@ -1,6 +1,6 @@
 //! Promise 4: same key, other request: refused.
 
-use std::time::Duration;
+use std::{fmt::Write, time::Duration};
 
 use futures::future::join_all;
 use payonce::{
@@ -135,9 +135,11 @@ async fn a_fingerprint_of_a_newer_release_is_not_guessed_at(pool: PgPool) {
     assert_eq!(service.count_charges().await, 1);
 }
 
+type Fields<'a> = &'a [(&'a str, &'a str)];
+
 /// What version 1 hashed, written down by hand: every field, and null for what
 /// was left out.
-fn version_1(path: &str, fields: &[(&str, &str)]) -> (Vec<u8>, Vec<u8>) {
+fn version_1(path: &str, fields: Fields) -> (Vec<u8>, Vec<u8>) {
     let canonical: Vec<_> = fields
         .iter()
         .map(|(name, value)| format!("\"{name}\":{value}"))
@@ -245,7 +247,7 @@ async fn changes_of_the_release_before_are_compared_by_its_rule(pool: PgPool) {
         .charge_id();
     pool.execute("delete from idempotency_keys").await.unwrap();
     let charge_text = format!("\"{charge}\"");
-    let cases: [(String, &str, &str, &[(&str, &str)], &str); 3] = [
+    let cases: [(String, &str, &str, Fields, &str); 3] = [
         (
             format!("/v1/charges/{charge}/capture"),
             "",
@@ -325,7 +327,12 @@ async fn made_keys_are_those_of_the_release_before(pool: PgPool) {
     );
     let mut guard = vec![1];
     guard.extend(Sha256::digest("\u{1}\n\n[\"cus_1\",5000,\"usd\"]"));
-    let hex = |bytes: &[u8]| bytes.iter().map(|b| format!("{b:02x}")).collect::<String>();
+    let hex = |bytes: &[u8]| {
+        bytes.iter().fold(String::new(), |mut text, byte| {
+            write!(text, "{byte:02x}").unwrap();
+            text
+        })
+    };
     let expected = [
         format!("guard {}", hex(&guard)),
         format!("keyless {}", hex(&request)),

@@ -406,12 +406,11 @@ mod tests {
             assert_eq!(digests.as_bytes()[0], version);
         }
         let current = Fingerprint::new("POST", path, request);
-        let hex: String = current
-            .as_bytes()
-            .iter()
-            .map(|b| format!("{b:02x}"))
+        let hash_bytes: Vec<u8> = (0..hash.len())
+            .step_by(2)
+            .map(|i| u8::from_str_radix(&hash[i..i + 2], 16).unwrap())
             .collect();
-        assert_eq!(hex, hash, "{path} {}", forms[0]);
+        assert_eq!(current.as_bytes(), hash_bytes, "{path} {}", forms[0]);
         assert_eq!(
             digests.by_version(2, request),
             Some((current, digests.clone()))
