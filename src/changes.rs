@@ -10,7 +10,9 @@ use uuid::Uuid;
 use crate::{
     charges::{Charge, ChargeUpdate, Refusal},
     error::Error,
-    idempotency::{Answer, FieldDigests, Fingerprint, Rule, Scope, store::NewRow},
+    idempotency::{
+        Answer, Blank, FieldDigests, Fingerprint, Fingerprinted, Rule, Scope, store::NewRow,
+    },
     ids::{ChargeId, RefundId, RequestId},
     money::Amount,
     refunds::{Refund, RefundRequest},
@@ -21,7 +23,12 @@ use crate::{
 #[serde(deny_unknown_fields)]
 pub struct CaptureRequest {
     /// How much; all that was authorised, if it is not said.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub amount: Option<Amount>,
+}
+
+impl Fingerprinted for CaptureRequest {
+    const OPTIONAL: &'static [(&'static str, Option<Blank>)] = &[("amount", Some(Blank::Null))];
 }
 
 /// What is to become of a charge.

@@ -14,7 +14,7 @@ use crate::{
     db::{Unprepared, position, unreadable},
     error::Error,
     idempotency::{
-        Answer, FieldDigests, Fingerprint, Key, Rule, Scope,
+        Answer, Blank, FieldDigests, Fingerprint, Fingerprinted, Key, Rule, Scope,
         store::{self, NewRow},
     },
     ids::{AccountId, ChargeId, RequestId},
@@ -36,17 +36,41 @@ pub struct ChargeRequest {
     /// Of what.
     pub currency: Currency,
     /// The merchant's name for who pays.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub customer: Option<String>,
     /// The token of the card.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub source: Option<String>,
     /// For people.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
     /// For the merchant's programs.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     #[schema(required = false)]
     pub metadata: BTreeMap<String, String>,
     /// Take the money now (`true`), or authorise only.
+    #[serde(skip_serializing_if = "is_default_capture")]
     #[schema(required = false, default = true)]
     pub capture: bool,
+}
+
+/// A client that says what is the default asks for the same as one that does not.
+#[expect(
+    clippy::trivially_copy_pass_by_ref,
+    reason = "serde hands out a reference"
+)]
+fn is_default_capture(capture: &bool) -> bool {
+    *capture
+}
+
+impl Fingerprinted for ChargeRequest {
+    const OPTIONAL: &'static [(&'static str, Option<Blank>)] = &[
+        ("customer", Some(Blank::Null)),
+        ("source", Some(Blank::Null)),
+        ("description", Some(Blank::Null)),
+        ("metadata", Some(Blank::EmptyObject)),
+        ("capture", Some(Blank::True)),
+    ];
 }
 
 impl ChargeRequest {
@@ -109,13 +133,24 @@ pub struct Charge {
 #[serde(deny_unknown_fields)]
 pub struct ChargeUpdate {
     /// An empty text removes it.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub description: Option<String>,
     /// Names with their new texts; an empty text removes the name.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     #[schema(required = false)]
     pub metadata: BTreeMap<String, String>,
     /// Removes all names that there were.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
     #[schema(ignore)]
     pub clears_metadata: bool,
+}
+
+impl Fingerprinted for ChargeUpdate {
+    const OPTIONAL: &'static [(&'static str, Option<Blank>)] = &[
+        ("description", Some(Blank::Null)),
+        ("metadata", Some(Blank::EmptyObject)),
+        ("clears_metadata", Some(Blank::False)),
+    ];
 }
 
 /// A change of a charge that its state does not allow. An outcome, not a fault:
@@ -208,7 +243,8 @@ impl Guard {
             return None;
         }
         let alike = (customer, request.amount, request.currency);
-        let fingerprint = Fingerprint::new("", "", &alike);
+        // Version 1 for good: another release must find the same guard.
+        let fingerprint = Fingerprint::version_1_of("", "", &alike);
         Some(Self {
             scope: Scope {
                 account_id,

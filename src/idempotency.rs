@@ -32,7 +32,7 @@ mod policy;
 pub mod purge;
 pub mod store;
 
-pub use fingerprint::{FieldDigests, Fingerprint};
+pub use fingerprint::{Blank, FieldDigests, Fingerprint, Fingerprinted};
 pub use key::{KEY_MAX, Key, MalformedKey};
 pub use policy::{Change, Duplicate, Rule, Rules, Scenario};
 

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use crate::{
     charges::metadata_text,
     db::{position, unreadable},
-    idempotency::{Answer, Fingerprint, Scope},
+    idempotency::{Answer, Blank, Fingerprint, Fingerprinted, Scope},
     ids::{AccountId, ChargeId, RefundId, RequestId},
     money::{Amount, Currency},
     page::Page,
@@ -24,12 +24,23 @@ pub struct RefundRequest {
     /// Of which charge.
     pub charge: ChargeId,
     /// How much; all that is left, if it is not said.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub amount: Option<Amount>,
     /// Why.
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<Reason>,
     /// For the merchant's programs.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     #[schema(required = false)]
     pub metadata: BTreeMap<String, String>,
+}
+
+impl Fingerprinted for RefundRequest {
+    const OPTIONAL: &'static [(&'static str, Option<Blank>)] = &[
+        ("amount", Some(Blank::Null)),
+        ("reason", Some(Blank::Null)),
+        ("metadata", Some(Blank::EmptyObject)),
+    ];
 }
 
 /// Why money is given back: Stripe's reasons.

@@ -129,7 +129,7 @@ use tracing::error;
 use uuid::Uuid;
 
 use crate::{
-    changes::ChangeCharge,
+    changes::{Change, ChangeCharge},
     charges::CreateCharge,
     db::{Server, replication::Replication},
     error::{Error, Unavailable},
@@ -195,7 +195,6 @@ macro_rules! of_both {
 impl Command {
     of_both!(scope: &Scope = command => &command.scope, &command.scope);
     of_both!(fingerprint: Fingerprint = command => command.fingerprint, command.fingerprint);
-    of_both!(digests: &FieldDigests = command => &command.digests, &command.digests);
     of_both!(rule: Rule = command => command.rule, command.rule);
     of_both!(charge_id: ChargeId = command => command.charge.id, command.charge_id);
     of_both!(
@@ -206,6 +205,24 @@ impl Command {
         /// By which its work is found again.
         operation_id: Uuid = command => command.charge.id.0, command.operation_id
     );
+
+    /// Fingerprint and digests of the request by the rule of a version of theirs;
+    /// `None` if it is newer than this release.
+    fn by_version(&self, version: u8) -> Option<(Fingerprint, FieldDigests)> {
+        match self {
+            Self::CreateCharge(create) => {
+                create.digests.by_version(version, &create.charge.request)
+            }
+            Self::ChangeCharge(change) => {
+                let digests = &change.digests;
+                match &change.change {
+                    Change::Capture(request) => digests.by_version(version, request),
+                    Change::Refund(request) => digests.by_version(version, request),
+                    Change::Update(request) => digests.by_version(version, request),
+                }
+            }
+        }
+    }
 }
 
 /// What became of a command, as told to all that wait for its key.
@@ -418,12 +435,16 @@ impl Settled {
     fn judge(&self, command: &Command) -> Result<Reply, Error> {
         let own = self.operation_id == command.operation_id();
         if !own && self.fingerprint != command.fingerprint() {
-            return Err(if self.fingerprint.is_comparable() {
+            // Of an older release, perhaps: compared by that one's rule.
+            let Some((ours, digests)) = command.by_version(self.fingerprint.version()) else {
+                return Err(Error::Unavailable(Unavailable::NewerRelease));
+            };
+            if self.fingerprint != ours {
                 let stored = self.digests.as_deref();
-                Error::KeyReused(stored.and_then(|stored| command.digests().differs(stored)))
-            } else {
-                Error::Unavailable(Unavailable::NewerRelease)
-            });
+                return Err(Error::KeyReused(
+                    stored.and_then(|stored| digests.differs(stored)),
+                ));
+            }
         }
         match command.rule().duplicate {
             Duplicate::Refuse if !own => Err(Error::DuplicateRequest {

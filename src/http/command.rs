@@ -8,13 +8,12 @@ use axum::{
     http::{HeaderMap, HeaderValue, header},
 };
 use http_body_util::LengthLimitError;
-use serde::Serialize;
 use tokio::time::{Instant, timeout_at};
 
 use super::{App, Keyless, caller::Caller, exchange::Exchange, params::Params};
 use crate::{
     error::{BadParameter, Error, ParameterCode, Unavailable},
-    idempotency::{FieldDigests, Fingerprint, Key, Rule, Scenario, Scope},
+    idempotency::{FieldDigests, Fingerprint, Fingerprinted, Key, Rule, Scenario, Scope},
 };
 
 /// The largest body, in bytes.
@@ -24,7 +23,7 @@ pub const BODY_MAX: usize = 64 * 1024;
 pub const WAIT_MAX: Duration = Duration::from_secs(10);
 
 /// A typed request, as it stands in the body of a POST.
-pub trait FromParams: Serialize + Sized {
+pub trait FromParams: Fingerprinted + Sized {
     /// Takes the parameters it knows.
     ///
     /// # Errors
@@ -102,7 +101,10 @@ impl<T: FromParams> FromRequest<App> for Command<T> {
         let (method, path) = (parts.method.as_str(), parts.uri.path());
         let fingerprint = Fingerprint::new(method, path, &typed);
         let keyed = key.is_some();
-        let key = key.unwrap_or_else(|| Key::internal("keyless", fingerprint.as_bytes()));
+        let key = key.unwrap_or_else(|| {
+            let request = Fingerprint::version_1(method, path, &typed);
+            Key::internal("keyless", request.as_bytes())
+        });
         let scenario = if keyed {
             Scenario::Payment
         } else {
