@@ -29,7 +29,7 @@ use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use crate::{
     error::{CATALOGUE, Error},
-    idempotency::Rules,
+    idempotency::{Rules, held::HeldKeys},
     reader::Reader,
     writer::Writer,
 };
@@ -44,6 +44,8 @@ pub struct App {
     pub pool: PgPool,
     /// Whose turn it is.
     pub admission: Admission,
+    /// Which keys are held by transactions.
+    pub held_keys: HeldKeys,
     /// Where reads of a charge by its id go.
     pub reader: Reader,
     /// Where everything goes that changes something.

@@ -37,7 +37,7 @@ use crate::{
         caller::{self, Callers, Peer},
         limit::Limits,
     },
-    idempotency::purge,
+    idempotency::{held::HeldKeys, purge},
     reader::Reader,
     writer::{self, Writer},
 };
@@ -90,6 +90,7 @@ pub async fn run(config: config::Serve) -> Result<(), Failure> {
     let app = App {
         callers,
         admission: Admission::new(config.pool_size),
+        held_keys: HeldKeys::default(),
         pool: pool.clone(),
         reader,
         writer: writer.clone(),
