@@ -214,6 +214,10 @@ pub struct Serve {
     #[arg(long, env = "RATE_LIMIT", default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=1_000_000), value_name = "N")]
     pub rate_limit: u32,
 
+    /// Most connections of clients; more get 503 at once
+    #[arg(long, env = "CONNECTIONS_MAX", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..=1_000_000), value_name = "N")]
+    pub connections_max: u32,
+
     /// Most unknown API keys per second from one address; more of them get 429, and
     /// keys that were valid before none. 0 is no limit
     #[arg(long, env = "AUTH_FAILURE_LIMIT", default_value_t = 50, value_parser = clap::value_parser!(u32).range(0..=1_000_000), value_name = "N")]

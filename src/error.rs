@@ -91,6 +91,8 @@ pub enum Unavailable {
     QueueFull,
     /// As many reads wait as may wait.
     ReadsFull,
+    /// There are as many connections as may be.
+    ConnectionsFull,
     /// The body did not arrive within the request's deadline.
     BodyLate,
     /// The handler of a service that uses the layer took too long.
@@ -542,6 +544,9 @@ impl Error {
             }
             Self::Unavailable(Unavailable::QueueFull) => "Too many requests are waiting.".to_owned(),
             Self::Unavailable(Unavailable::ReadsFull) => "Too many reads are waiting.".to_owned(),
+            Self::Unavailable(Unavailable::ConnectionsFull) => {
+                "There are too many connections.".to_owned()
+            }
             Self::Unavailable(Unavailable::BodyLate) => "The body did not arrive in time.".to_owned(),
             Self::Unavailable(Unavailable::HandlerLate) => "The request took too long.".to_owned(),
             Self::Unavailable(Unavailable::ShuttingDown) => "The service is stopping.".to_owned(),

@@ -28,8 +28,8 @@ use tower_http::catch_panic::CatchPanicLayer;
 use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use crate::{
-    error::{CATALOGUE, Error},
-    idempotency::Rules,
+    error::{CATALOGUE, Error, Unavailable},
+    idempotency::{Rules, held::HeldKeys},
     reader::Reader,
     writer::Writer,
 };
@@ -44,6 +44,8 @@ pub struct App {
     pub pool: PgPool,
     /// Whose turn it is.
     pub admission: Admission,
+    /// Which keys are held by transactions.
+    pub held_keys: HeldKeys,
     /// Where reads of a charge by its id go.
     pub reader: Reader,
     /// Where everything goes that changes something.
@@ -110,6 +112,15 @@ pub fn router(app: App) -> Router {
         .layer(CatchPanicLayer::custom(exchange::panicked))
         .layer(from_fn(exchange::track))
         .with_state(app)
+}
+
+/// What a connection gets that there is no place for: that the process answers, and
+/// else 503.
+pub fn refusing_router() -> Router {
+    Router::new()
+        .route("/healthz", get(health::live))
+        .fallback(|| async { Error::Unavailable(Unavailable::ConnectionsFull) })
+        .layer(from_fn(exchange::track))
 }
 
 /// `/docs`: the description as a page to try it on. All of it is in the binary.

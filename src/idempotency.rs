@@ -26,6 +26,7 @@
 //!    those who hold them.
 
 mod fingerprint;
+pub mod held;
 pub mod inbound;
 mod key;
 mod policy;

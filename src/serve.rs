@@ -1,31 +1,28 @@
 //! `payonce serve`: starts the parts, and ends them in order.
 
+mod connection;
+
 use std::{
     future::{pending, ready},
+    sync::Arc,
     time::Duration,
 };
 
 use axum::{
-    Extension, Router,
+    Router,
     http::{HeaderValue, header::CONNECTION},
     middleware::map_response,
     response::Response,
     serve::Listener,
 };
-use hyper::server::conn::http1;
-use hyper_util::{
-    rt::{TokioIo, TokioTimer},
-    server::graceful::GracefulShutdown,
-    service::TowerToHyperService,
-};
+use rustix::process::{Resource, getrlimit, setrlimit};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
-    sync::watch,
+    sync::{Semaphore, watch},
     time::{Instant, sleep_until},
 };
-use tower_layer::Layer;
-use tracing::{debug, info, warn};
+use tracing::{info, warn};
 
 use crate::{
     accounts,
@@ -35,13 +32,14 @@ use crate::{
     http::{
         self, App,
         admission::Admission,
-        caller::{self, Callers, Peer},
+        caller::{self, Callers},
         limit::Limits,
     },
-    idempotency::purge,
+    idempotency::{held::HeldKeys, purge},
     reader::Reader,
     writer::{self, Writer},
 };
+use connection::Timeouts;
 
 /// Says when everything has to be finished, once the service is asked to stop.
 type Stopping = watch::Receiver<Option<Instant>>;
@@ -49,10 +47,26 @@ type Stopping = watch::Receiver<Option<Instant>>;
 /// How long a database that is not there yet is waited for at the start.
 const START_PATIENCE: Duration = Duration::from_secs(10);
 
-/// How long a connection may take for the head of a request, or stay idle: more
-/// than the 60 s after which load balancers commonly close theirs, so that they
-/// never send a request on one that is being closed here.
-const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
+/// How long a connection may take for what. Idle ones stay for longer than the 60 s
+/// after which load balancers commonly close theirs, so that they never send a request
+/// on one that is being closed here.
+const TIMEOUTS: Timeouts = Timeouts {
+    head: Duration::from_secs(10),
+    idle: Duration::from_secs(75),
+    stall: Duration::from_secs(10),
+    keep_alive: true,
+};
+
+/// The same for a connection that there is no place for: it gets one answer.
+const REFUSED: Timeouts = Timeouts {
+    head: Duration::from_secs(1),
+    idle: Duration::from_secs(1),
+    stall: Duration::from_secs(1),
+    keep_alive: false,
+};
+
+/// How many of those there may be at once.
+const REFUSED_AT_ONCE: usize = 128;
 
 /// How long idle connections stay open after SIGTERM. Hyper closes them at once,
 /// also those on which a request has just arrived that nobody has read yet.
@@ -91,6 +105,7 @@ pub async fn run(config: config::Serve) -> Result<(), Failure> {
     let app = App {
         callers,
         admission: Admission::new(config.pool_size),
+        held_keys: HeldKeys::default(),
         pool: pool.clone(),
         reader,
         writer: writer.clone(),
@@ -131,7 +146,13 @@ pub async fn run(config: config::Serve) -> Result<(), Failure> {
     }
 
     // First the connections, then the writer, since the connections wait for it.
-    let connections = serve(listener, http::router(app), IDLE_TIMEOUT, stopping.clone());
+    let connections = serve(
+        listener,
+        http::router(app),
+        connections_max(config.connections_max, config.pool_size),
+        TIMEOUTS,
+        stopping.clone(),
+    );
     let late = tokio::select! {
         () = connections => false,
         () = deadline(stopping.clone()) => true,
@@ -158,7 +179,8 @@ pub async fn run(config: config::Serve) -> Result<(), Failure> {
 async fn serve(
     mut listener: TcpListener,
     router: Router,
-    idle_timeout: Duration,
+    connections_max: usize,
+    timeouts: Timeouts,
     mut stopping: Stopping,
 ) {
     let asked_to_stop = stopping.clone();
@@ -169,35 +191,70 @@ async fn serve(
         }
         ready(response)
     }));
-    let connections = GracefulShutdown::new();
+    let places = Arc::new(Semaphore::new(connections_max));
+    // Beyond those, some are told that there is no place, and the rest wait in the
+    // queue of the listener.
+    let sockets = Arc::new(Semaphore::new(connections_max + REFUSED_AT_ONCE));
+    let refusing = http::refusing_router();
+    let (close, closing) = watch::channel(false);
     loop {
         // What was connected before the stop is in the queue of the listener.
-        let (stream, peer) = tokio::select! {
+        let accepted = async {
+            let socket = Arc::clone(&sockets).acquire_owned().await;
+            (socket, Listener::accept(&mut listener).await)
+        };
+        let (socket, (stream, peer)) = tokio::select! {
             biased;
-            taken = Listener::accept(&mut listener) => taken,
+            accepted = accepted => accepted,
             _ = stopping.wait_for(Option::is_some) => break,
         };
         // An answer is one small packet, and must not wait for another.
         if let Err(error) = stream.set_nodelay(true) {
             warn!(%error, "TCP_NODELAY was refused");
         }
-        let connection = http1::Builder::new()
-            .timer(TokioTimer::new())
-            .header_read_timeout(idle_timeout)
-            .serve_connection(
-                TokioIo::new(stream),
-                TowerToHyperService::new(Extension(Peer(peer.ip())).layer(router.clone())),
-            );
-        let connection = connections.watch(connection);
+        let place = Arc::clone(&places).try_acquire_owned();
+        let (router, timeouts) = if place.is_ok() {
+            (router.clone(), timeouts)
+        } else {
+            (refusing.clone(), REFUSED)
+        };
+        let connection = connection::serve(stream, peer.ip(), router, timeouts, closing.clone());
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                debug!(%error, "a connection broke");
-            }
+            connection.await;
+            drop((place, socket));
         });
     }
-    drop(listener);
+    drop((listener, closing));
     tokio::time::sleep(LAST_CALL).await;
-    connections.shutdown().await;
+    let _ = close.send(true);
+    close.closed().await;
+}
+
+/// As many connections as was asked for, or as the operating system lets a process
+/// have: a file each, and some for the database and others.
+fn connections_max(asked: u32, pool_size: u32) -> usize {
+    let others = u64::from(pool_size) + 64;
+    let files = allowed_files();
+    let most = files.map_or(u64::MAX, |files| files.saturating_sub(others).max(1));
+    if most < u64::from(asked) {
+        warn!(
+            connections_max = most,
+            "the limit of open files (ulimit -n) allows fewer connections than CONNECTIONS_MAX"
+        );
+    }
+    usize::try_from(most.min(asked.into())).unwrap_or(usize::MAX)
+}
+
+/// How many files the process may have open, raised as far as it may be; `None` is no
+/// limit.
+fn allowed_files() -> Option<u64> {
+    let mut limit = getrlimit(Resource::Nofile);
+    let allowed = limit.current;
+    limit.current = limit.maximum;
+    match setrlimit(Resource::Nofile, limit) {
+        Ok(()) => limit.maximum,
+        Err(_) => allowed,
+    }
 }
 
 /// Comes when the time to finish is over.
@@ -232,6 +289,13 @@ async fn wait_until_fit(server: &Server) -> Result<(), Unfit> {
 
 #[cfg(test)]
 mod tests {
+    use std::convert::Infallible;
+
+    use axum::{
+        body::{Body, Bytes},
+        routing::get,
+    };
+    use futures::stream;
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
         net::TcpStream,
@@ -239,17 +303,80 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test]
-    async fn a_head_that_never_ends_loses_its_connection() {
+    /// Bytes to a service with these time-outs, on a connection of its own.
+    async fn connect(timeouts: Timeouts) -> (TcpStream, watch::Sender<Option<Instant>>) {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let (_stop, stopping) = watch::channel(None);
-        let idle_timeout = Duration::from_millis(200);
-        tokio::spawn(serve(listener, Router::new(), idle_timeout, stopping));
-        let mut stream = TcpStream::connect(address).await.unwrap();
-        stream.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
+        let (stop, stopping) = watch::channel(None);
+        let endless = || async { Body::from_stream(stream::repeat(chunk())) };
+        let router = Router::new()
+            .route("/endless", get(endless))
+            .route("/", get(|| async { "answer" }));
+        tokio::spawn(serve(listener, router, 10, timeouts, stopping));
+        (TcpStream::connect(address).await.unwrap(), stop)
+    }
+
+    fn chunk() -> Result<Bytes, Infallible> {
+        Ok(Bytes::from_static(&[b'x'; 65_536]))
+    }
+
+    async fn is_closed(stream: &mut TcpStream) {
         let mut rest = Vec::new();
         let closed = tokio::time::timeout(Duration::from_secs(20), stream.read_to_end(&mut rest));
         let _ = closed.await.expect("the connection stays open");
+    }
+
+    #[tokio::test]
+    async fn a_head_that_never_ends_loses_its_connection() {
+        let timeouts = Timeouts {
+            head: Duration::from_millis(200),
+            ..TIMEOUTS
+        };
+        let (mut stream, _stop) = connect(timeouts).await;
+        stream.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
+        is_closed(&mut stream).await;
+    }
+
+    #[tokio::test]
+    async fn an_idle_connection_is_closed() {
+        let timeouts = Timeouts {
+            idle: Duration::from_millis(200),
+            ..TIMEOUTS
+        };
+        let (mut stream, _stop) = connect(timeouts).await;
+        stream.write_all(b"GET / HTTP/1.1\r\n\r\n").await.unwrap();
+        is_closed(&mut stream).await;
+    }
+
+    #[tokio::test]
+    async fn a_client_that_does_not_read_loses_its_connection() {
+        let timeouts = Timeouts {
+            stall: Duration::from_millis(200),
+            ..TIMEOUTS
+        };
+        let (mut stream, _stop) = connect(timeouts).await;
+        let request = b"GET /endless HTTP/1.1\r\nhost: x\r\n\r\n";
+        stream.write_all(request).await.unwrap();
+        // Aborted: what was not read is gone, and the end is an error.
+        let ends = async {
+            loop {
+                let ready = stream.ready(tokio::io::Interest::ERROR).await.unwrap();
+                if ready.is_error() {
+                    break;
+                }
+            }
+        };
+        let ended = tokio::time::timeout(Duration::from_secs(20), ends);
+        ended.await.expect("the connection stays open");
+    }
+
+    /// Without keeping the stop waiting for its deadline.
+    #[tokio::test]
+    async fn a_stop_closes_what_is_not_worked_on() {
+        let (mut stream, stop) = connect(TIMEOUTS).await;
+        stream.write_all(b"GET / HTTP/1.1\r\n").await.unwrap();
+        stop.send(Some(Instant::now() + Duration::from_hours(1)))
+            .unwrap();
+        is_closed(&mut stream).await;
     }
 }

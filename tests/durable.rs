@@ -14,7 +14,7 @@ use futures::future::join_all;
 use sqlx::PgPool;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
-    net::TcpStream,
+    net::{TcpSocket, TcpStream},
 };
 
 use crate::support::{
@@ -292,4 +292,29 @@ async fn sigterm_finishes_what_was_taken(pool: PgPool) {
     let ended = ended.await.unwrap();
     assert!(ended.success(), "{ended:?}");
     assert_eq!(count(&pool, "charges").await, 8);
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn sigterm_does_not_wait_for_clients_that_do_not_go_on(pool: PgPool) {
+    let process = Process::serve(&url(&pool)).await;
+    let mut answer = [0; 32];
+    // One whose first head is not finished, one whose second is not, and one that
+    // asks and asks and does not read.
+    let mut first = TcpStream::connect(&process.address).await.unwrap();
+    first.write_all(b"GET /healthz HTT").await.unwrap();
+    let mut second = TcpStream::connect(&process.address).await.unwrap();
+    let request = b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\nGET";
+    second.write_all(request).await.unwrap();
+    second.read_exact(&mut answer).await.unwrap();
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4096).unwrap();
+    let address = process.address.parse().unwrap();
+    let mut deaf = socket.connect(address).await.unwrap();
+    let request = "GET /openapi.json HTTP/1.1\r\nhost: x\r\n\r\n";
+    deaf.write_all(request.repeat(500).as_bytes())
+        .await
+        .unwrap();
+    deaf.read_exact(&mut answer).await.unwrap();
+    // It ends with an error where it is stopped by its deadline, of 15 s.
+    assert!(process.terminate().await.success());
 }

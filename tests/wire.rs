@@ -8,7 +8,7 @@ use tokio::{
     net::TcpStream,
 };
 
-use crate::support::{Service, count, make_account, process::Process, url};
+use crate::support::{Service, count, eventually, make_account, process::Process, url};
 
 /// Status, head and body of what comes back for these bytes.
 async fn exchange(address: &str, request: &[u8]) -> (u16, String, String) {
@@ -143,4 +143,45 @@ async fn ten_thousand_levels_are_refused_everywhere(pool: PgPool) {
         nothing.assert_error(400, "parameter_unreadable");
     }
     assert_eq!(count(&pool, "idempotency_keys").await, 1);
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_head_has_a_limit(pool: PgPool) {
+    let process = Process::serve(&url(&pool)).await;
+    let request = format!(
+        "GET /healthz HTTP/1.1\r\nhost: x\r\nconnection: close\r\nx-large: {}\r\n\r\n",
+        "x".repeat(40 * 1024)
+    );
+    // Hyper's own answer, which has no body.
+    let (status, _, body) = exchange(&process.address, request.as_bytes()).await;
+    assert_eq!((status, &*body), (431, ""));
+    process.terminate().await;
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn connections_beyond_the_limit_are_told_so(pool: PgPool) {
+    let process = Process::serve_with(&url(&pool), &[("CONNECTIONS_MAX", "1")]).await;
+    let address = &process.address;
+    let mut only = TcpStream::connect(address).await.unwrap();
+    let request = |path: &str| format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").into_bytes();
+    only.write_all(&request("/healthz")).await.unwrap();
+    let mut answer = [0; 4096];
+    let length = only.read(&mut answer).await.unwrap();
+    assert!(answer[..length].starts_with(b"HTTP/1.1 200"));
+
+    let refused = exchange(address, &request("/v1/charges")).await;
+    is_problem(&refused, 503, "unavailable");
+    assert!(refused.1.contains("retry-after: 1"), "{}", refused.1);
+    assert!(refused.2.contains("too many connections"), "{}", refused.2);
+    // The process is well, and must not be restarted; it takes no charges.
+    assert_eq!(exchange(address, &request("/healthz")).await.0, 200);
+    assert_eq!(exchange(address, &request("/readyz")).await.0, 503);
+
+    drop(only);
+    let has_place = || async {
+        let request = b"GET /readyz HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n";
+        exchange(address, request).await.0 == 200
+    };
+    eventually("its place comes free", has_place).await;
+    process.terminate().await;
 }

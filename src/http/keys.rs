@@ -70,7 +70,11 @@ pub(super) async fn retrieve(
     // Asked for on both sides, since what is at it here has written its row when
     // it is at it no more.
     let was_at_it = app.writer.is_at(&scope);
-    let history = db::read(exchange.deadline, || store::history(&app.pool, &scope)).await?;
+    let _turn = app.admission.turn(exchange.deadline).await?;
+    let history = db::read(exchange.deadline, || {
+        store::history(&app.pool, &app.held_keys, &scope)
+    })
+    .await?;
     let at_it = was_at_it && history == History::Unknown
         || history == History::InUse
         || app.writer.is_at(&scope);

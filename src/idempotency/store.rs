@@ -12,7 +12,7 @@ use std::time::Duration;
 use chrono::{DateTime, Utc};
 use sqlx::{PgConnection, PgPool, types::Uuid};
 
-use super::{Answer, Fingerprint, Scope};
+use super::{Answer, Fingerprint, Scope, held::HeldKeys};
 use crate::{
     db::{position, replication::WrittenBy, unreadable},
     ids::RequestId,
@@ -193,53 +193,44 @@ pub enum History {
 ///
 /// # Errors
 /// What the database said.
-pub async fn history(pool: &PgPool, scope: &Scope) -> Result<History, sqlx::Error> {
+pub async fn history(
+    pool: &PgPool,
+    held_keys: &HeldKeys,
+    scope: &Scope,
+) -> Result<History, sqlx::Error> {
+    if let Some(history) = history_of_row(pool, scope).await? {
+        return Ok(history);
+    }
     // Whoever claims a key holds its lock until its row can be seen: so if the
-    // lock is free, and there is no row after that, there was none. Looked at and
-    // not tried, since whoever claims the key meanwhile would find it taken.
-    for _ in 0..2 {
-        let row = sqlx::query!(
-            r#"
+    // lock is free, and there is no row after that, there was none.
+    if held_keys.holds(pool, scope).await? {
+        return Ok(History::InUse);
+    }
+    Ok(history_of_row(pool, scope)
+        .await?
+        .unwrap_or(History::Unknown))
+}
+
+async fn history_of_row(pool: &PgPool, scope: &Scope) -> Result<Option<History>, sqlx::Error> {
+    let row = sqlx::query!(
+        r#"
             select response_status, created_at, expires_at,
                 expires_at <= statement_timestamp() as "expired!"
             from idempotency_keys
             where account_id = $1 and key = $2
             "#,
-            scope.account_id.0,
-            scope.key.as_str(),
-        )
-        .fetch_optional(pool)
-        .await?;
-        if let Some(row) = row {
-            return Ok(match row.response_status {
-                None => History::InUse,
-                Some(status) => History::Answered {
-                    created: row.created_at,
-                    answered: (!row.expired).then_some((status.cast_unsigned(), row.expires_at)),
-                },
-            });
-        }
-        let free = sqlx::query_scalar!(
-            r#"
-            select not exists (
-                select from pg_locks
-                cross join hashtextextended($2, uuid_hash_extended($1, 0)) as lock (id)
-                where locktype = 'advisory' and objsubid = 1
-                    and database = (select oid from pg_database where datname = current_database())
-                    and classid::bigint = (lock.id >> 32) & 4294967295
-                    and objid::bigint = lock.id & 4294967295
-            ) as "free!"
-            "#,
-            scope.account_id.0,
-            scope.key.as_str(),
-        )
-        .fetch_one(pool)
-        .await?;
-        if !free {
-            return Ok(History::InUse);
-        }
-    }
-    Ok(History::Unknown)
+        scope.account_id.0,
+        scope.key.as_str(),
+    )
+    .fetch_optional(pool)
+    .await?;
+    Ok(row.map(|row| match row.response_status {
+        None => History::InUse,
+        Some(status) => History::Answered {
+            created: row.created_at,
+            answered: (!row.expired).then_some((status.cast_unsigned(), row.expires_at)),
+        },
+    }))
 }
 
 /// Frees the keys whose answers have expired, so that they can be claimed anew

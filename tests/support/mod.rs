@@ -27,7 +27,7 @@ use payonce::{
         limit::Limits,
         router,
     },
-    idempotency::{FieldDigests, Fingerprint, Key, Rules, Scenario, Scope},
+    idempotency::{FieldDigests, Fingerprint, Key, Rules, Scenario, Scope, held::HeldKeys},
     ids::{AccountId, RequestId},
     money::{Amount, Currency},
     processor::Outcome,
@@ -239,6 +239,7 @@ fn app_on(server: &Server, settings: &Settings) -> App {
     App {
         callers: Callers::new(server.pool(caller::CONNECTIONS), settings.callers),
         admission: Admission::new(settings.pool_size),
+        held_keys: HeldKeys::default(),
         pool,
         reader: Reader::start(server),
         writer,
