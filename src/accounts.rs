@@ -102,6 +102,16 @@ pub async fn create(conn: &mut PgConnection, name: &str) -> Result<AccountId, sq
     Ok(account_id)
 }
 
+/// Whether there is any account.
+///
+/// # Errors
+/// What the database said.
+pub async fn exist(executor: impl PgExecutor<'_>) -> Result<bool, sqlx::Error> {
+    sqlx::query_scalar!(r#"select exists (select from accounts) as "exist!""#)
+        .fetch_one(executor)
+        .await
+}
+
 /// Makes an API key for an account; `None` if there is no such account.
 ///
 /// # Errors

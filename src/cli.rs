@@ -1,18 +1,23 @@
 //! The commands.
 
-use std::{io::Write, time::Duration};
+use std::{
+    io::{self, Write},
+    time::Duration,
+};
 
 use chrono::{DateTime, NaiveDate, Utc};
 use clap::{
-    Arg, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand, builder::Resettable,
+    Arg, Args, Command, CommandFactory, FromArgMatches, Parser, Subcommand,
+    builder::Resettable,
+    error::{ContextKind, ContextValue},
 };
 use sqlx::{Connection, PgConnection};
 
 use crate::{
     MIGRATOR,
     accounts::{self, ApiKey, NAME_MAX},
-    client::command as charge,
-    config::{self, Database, LogFormat, RuleChanges, Serve},
+    client::{command as charge, health},
+    config::{self, ApiKeySource, Database, LogFormat, RuleChanges, Serve, SettingError},
     db,
     http::openapi,
     idempotency::{Key, purge},
@@ -29,12 +34,15 @@ use crate::{
 #[derive(Debug, Parser)]
 #[command(version, arg_required_else_help = true)]
 pub struct Cli {
-    /// How log lines are written
+    /// How log lines are written: text, or json for one object a line
+    // One line in the help of every command, hence without the list of values.
     #[arg(
         long,
         env = "LOG_FORMAT",
         value_enum,
         default_value = "text",
+        hide_possible_values = true,
+        value_name = "FORMAT",
         global = true
     )]
     pub log_format: LogFormat,
@@ -49,6 +57,9 @@ enum Task {
     Serve(Box<Serve>),
     /// Bring the database's tables up to date
     Migrate(Database),
+    /// Ask the service on this machine whether it is ready, as health checks do:
+    /// exits with 1 if it does not answer, or cannot reach PostgreSQL
+    Health(health::Options),
     /// Manage accounts: merchants, the owners of charges
     #[command(subcommand)]
     Account(AccountTask),
@@ -68,6 +79,7 @@ enum Task {
     /// Print the API's description, OpenAPI 3.1
     Openapi,
     /// Attack a running service the way real networks do, and audit it
+    #[command(after_help = storm::EXIT_CODES)]
     Storm(Box<storm::Options>),
 }
 
@@ -110,14 +122,8 @@ enum ApiKeyTask {
     Check {
         #[command(flatten)]
         database: Database,
-        // Not a flag: command lines can be read by everybody on the machine.
-        #[arg(
-            env = "PAYONCE_API_KEY",
-            hide_env_values = true,
-            hide = true,
-            required = true
-        )]
-        api_key: String,
+        #[command(flatten)]
+        api_key: ApiKeySource,
     },
 }
 
@@ -239,18 +245,32 @@ fn name(text: &str) -> Result<String, String> {
 /// A failure of a command, in one line.
 pub type Failure = Box<dyn std::error::Error + Send + Sync>;
 
-/// The exit code of a failed command: 3 if a charge may have been made, else 1.
+/// The exit code for a mistake in the command line or a setting, as clap has it.
+pub const USAGE: u8 = 2;
+
+/// The exit code of a failed command: 3 if a charge may have been made, 2 if a
+/// setting is wrong or the storm came to no verdict, else 1.
 #[must_use]
 pub fn exit_code(failure: &Failure) -> u8 {
-    if failure.is::<charge::Open>() { 3 } else { 1 }
+    if failure.is::<charge::Open>() {
+        3
+    } else if failure.is::<SettingError>() || failure.is::<storm::NoVerdict>() {
+        USAGE
+    } else {
+        1
+    }
 }
 
 impl Cli {
     /// From the command line and the environment; ends the process on a mistake.
     #[must_use]
     pub fn from_args() -> Self {
-        let matches = without_empty_variables(Self::command()).get_matches();
-        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.exit())
+        let command = without_empty_variables(Self::command());
+        command
+            .clone()
+            .try_get_matches()
+            .and_then(|matches| Self::from_arg_matches(&matches))
+            .unwrap_or_else(|error| explain(error, command).exit())
     }
 
     /// Does what was asked for.
@@ -261,6 +281,7 @@ impl Cli {
         match self.task {
             Task::Serve(config) => serve::run(*config).await,
             Task::Migrate(database) => migrate(&database).await,
+            Task::Health(options) => health::run(options).await,
             Task::Account(AccountTask::Create { name, database }) => {
                 create_account(&name, &database).await
             }
@@ -306,23 +327,76 @@ fn without_empty_variables(command: Command) -> Command {
         .mut_subcommands(without_empty_variables)
 }
 
+/// Makes clap's error fit for people who set variables: it says which one holds
+/// a wrong value, and its usage does not call all that are set required.
+fn explain(mut error: clap::Error, mut command: Command) -> clap::Error {
+    if !error.use_stderr() {
+        return error;
+    }
+    command.build();
+    let arguments: Vec<_> = std::env::args().skip(1).collect();
+    let mut task = &mut command;
+    for argument in &arguments {
+        if task.find_subcommand(argument).is_some() {
+            task = task
+                .find_subcommand_mut(argument)
+                .expect("it was there a moment ago");
+        }
+    }
+    if error.get(ContextKind::Usage).is_some() {
+        let usage = ContextValue::StyledStr(task.render_usage());
+        error.insert(ContextKind::Usage, usage);
+    }
+    let variable = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(name)) => task
+            .get_arguments()
+            .filter(|arg| arg.to_string() == *name)
+            // Given as a flag, it is the flag that is wrong.
+            .filter(|arg| {
+                let flag = format!("--{}", arg.get_long().unwrap_or_default());
+                !arguments
+                    .iter()
+                    .any(|given| given.split('=').next() == Some(&flag))
+            })
+            .find_map(|arg| arg.get_env()?.to_str())
+            .map(str::to_owned),
+        _ => None,
+    };
+    if let Some(variable) = variable {
+        let tip =
+            format!("the value is that of the variable {variable}, from the environment or .env");
+        error.insert(
+            ContextKind::Suggested,
+            ContextValue::StyledStrs(vec![tip.into()]),
+        );
+    }
+    error
+}
+
+async fn connect(database: &Database) -> Result<PgConnection, Failure> {
+    let options = database.connect_options()?;
+    let conn = db::connect(&options)
+        .await
+        .map_err(|error| db::Unfit::unreachable(db::server_name(&options), error))?;
+    db::check_version(&conn)?;
+    Ok(conn)
+}
+
 /// The tables have to be there; says so in a line if they are not.
 async fn open(database: &Database) -> Result<PgConnection, Failure> {
-    let options = db::connect_options(&database.database_url).map_err(db::Unfit::from)?;
-    let mut conn = db::connect(&options).await.map_err(db::Unfit::from)?;
+    let mut conn = connect(database).await?;
     db::check_migrations(&mut conn).await?;
     Ok(conn)
 }
 
 async fn migrate(database: &Database) -> Result<(), Failure> {
-    let options = db::connect_options(&database.database_url).map_err(db::Unfit::from)?;
-    let mut conn = db::connect(&options).await.map_err(db::Unfit::from)?;
+    let mut conn = connect(database).await?;
     MIGRATOR.run(&mut conn).await?;
     conn.close().await?;
-    eprintln!(
+    tell(&format!(
         "the database is up to date ({} migrations)",
         MIGRATOR.iter().count()
-    );
+    ));
     Ok(())
 }
 
@@ -335,11 +409,14 @@ async fn create_account(name: &str, database: &Database) -> Result<(), Failure> 
         .await?
         .ok_or("the account went away while it was made")?;
     transaction.commit().await?;
-    eprintln!("The API key is shown only now; keep it safe.");
-    print(&format!(
-        "account {account_id}\napi_key {}\n",
-        api_key.reveal()
-    ))
+    show_api_key(&format!("account {account_id}"), &api_key)
+}
+
+fn show_api_key(whose: &str, api_key: &ApiKey) -> Result<(), Failure> {
+    tell("The API key is shown only now; keep it safe.");
+    print_in_full(&format!("{whose}\napi_key {}\n", api_key.reveal())).map_err(|error| {
+        format!("made {whose}, but its API key could not be shown and is lost: {error}").into()
+    })
 }
 
 async fn create_api_key(account: AccountId, database: &Database) -> Result<(), Failure> {
@@ -347,11 +424,7 @@ async fn create_api_key(account: AccountId, database: &Database) -> Result<(), F
     let (api_key_id, api_key) = accounts::create_api_key(&mut conn, account)
         .await?
         .ok_or_else(|| format!("there is no account {account}"))?;
-    eprintln!("The API key is shown only now; keep it safe.");
-    print(&format!(
-        "api_key_id {api_key_id}\napi_key {}\n",
-        api_key.reveal()
-    ))
+    show_api_key(&format!("api_key_id {api_key_id}"), &api_key)
 }
 
 async fn list_api_keys(account: AccountId, database: &Database) -> Result<(), Failure> {
@@ -378,12 +451,12 @@ async fn revoke_api_key(api_key_id: ApiKeyId, database: &Database) -> Result<(),
     if !accounts::revoke_api_key(&mut conn, api_key_id).await? {
         return Err(format!("there is no API key {api_key_id}").into());
     }
-    eprintln!("revoked; it is dead on every replica within 5 seconds");
+    tell("revoked; it is dead on every replica within 5 seconds");
     Ok(())
 }
 
-async fn check_api_key(database: &Database, api_key: &str) -> Result<(), Failure> {
-    let api_key: ApiKey = api_key.parse()?;
+async fn check_api_key(database: &Database, api_key: &ApiKeySource) -> Result<(), Failure> {
+    let api_key: ApiKey = api_key.read()?.parse()?;
     let mut conn = open(database).await?;
     let account_id = accounts::authenticate(&mut conn, api_key.hash())
         .await?
@@ -443,15 +516,37 @@ impl Window {
 
 async fn purge_now(database: &Database) -> Result<(), Failure> {
     open(database).await?.close().await?;
-    let pool = db::Server::direct(db::connect_options(&database.database_url)?).pool(1);
+    let pool = db::Server::direct(database.connect_options()?).pool(1);
     let count = purge::run_until_done(&pool).await?;
-    eprintln!("purged {count} expired answers");
+    tell(&format!("purged {count} expired answers"));
     Ok(())
 }
 
-/// To standard output; a reader that is gone is an error and no panic.
+/// To standard output. A reader who has seen enough (`| head`) is the end of it,
+/// and no error.
 pub(crate) fn print(text: &str) -> Result<(), Failure> {
-    Ok(std::io::stdout().write_all(text.as_bytes())?)
+    match write_out(text) {
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Ok(()),
+        written => Ok(written?),
+    }
+}
+
+/// To standard output, of what is lost if nobody reads it: an API key that is
+/// shown once, a charge that was made.
+pub(crate) fn print_in_full(text: &str) -> Result<(), Failure> {
+    Ok(write_out(text)?)
+}
+
+fn write_out(text: &str) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()
+}
+
+/// A line to standard error, for people. Where nobody reads it that is no error,
+/// and no panic, which `eprintln!` would make of it.
+pub fn tell(line: &str) {
+    let _ = writeln!(io::stderr(), "{line}");
 }
 
 #[cfg(test)]

@@ -83,6 +83,7 @@
 //! deployment, is another charge.
 
 pub mod command;
+pub mod health;
 mod operation;
 mod outcome;
 

@@ -1,20 +1,160 @@
 //! Settings: flags, or the environment. `.env.example` mirrors this file.
 
-use std::time::Duration;
+use std::{
+    fs::File,
+    io::Read,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use clap::{ArgAction, Args, ValueEnum};
+use sqlx::postgres::PgConnectOptions;
 
 use crate::{
+    db,
     http::{DuplicateGuard, Keyless, command::WAIT_MAX},
     idempotency::{Change, Rules},
 };
+
+/// A setting that is missing or cannot be used, in one line without its value.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct SettingError(String);
 
 /// Where the data is.
 #[derive(Debug, Clone, Args)]
 pub struct Database {
     /// PostgreSQL, 15 or later: postgres://user:password@host:port/database
+    // Not required for clap, and not parsed by it: it would repeat the password.
     #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
-    pub database_url: String,
+    database_url: Option<String>,
+}
+
+impl Database {
+    /// How to connect to it.
+    ///
+    /// # Errors
+    /// If it is not set, or leads to no database.
+    pub fn connect_options(&self) -> Result<PgConnectOptions, SettingError> {
+        let url = self.database_url.as_ref().ok_or_else(|| {
+            SettingError(
+                "DATABASE_URL is not set: set it, or --database-url, to where PostgreSQL is, \
+                 like postgres://user:password@127.0.0.1:5432/payonce"
+                    .to_owned(),
+            )
+        })?;
+        db::connect_options(url)
+            .map_err(|error| SettingError(format!("DATABASE_URL cannot be used: {error}")))
+    }
+}
+
+/// Where the API key of a client is. Never on the command line, which everybody
+/// on the machine can read.
+#[derive(Debug, Clone, Args)]
+pub struct ApiKeySource {
+    /// A file that holds the API key; - is standard input. Without it the key is
+    /// taken from the variable `PAYONCE_API_KEY`
+    #[arg(long, value_name = "FILE")]
+    api_key_file: Option<PathBuf>,
+}
+
+/// Longer than any API key.
+const API_KEY_FILE_MAX: u64 = 4096;
+
+impl ApiKeySource {
+    /// The API key.
+    ///
+    /// # Errors
+    /// If there is none, or none that could be sent.
+    pub fn read(&self) -> Result<String, SettingError> {
+        let (api_key, place) = match &self.api_key_file {
+            Some(file) => (read_api_key(file)?, "the file of --api-key-file"),
+            None => (
+                std::env::var("PAYONCE_API_KEY").unwrap_or_default(),
+                "PAYONCE_API_KEY",
+            ),
+        };
+        let api_key = api_key.trim();
+        if api_key.is_empty() && self.api_key_file.is_none() {
+            return Err(SettingError(
+                "PAYONCE_API_KEY is not set: set it to the API key, or name a file that holds it \
+                 with --api-key-file (`payonce account create NAME` makes one)"
+                    .to_owned(),
+            ));
+        }
+        if api_key.is_empty() || !api_key.bytes().all(|byte| byte.is_ascii_graphic()) {
+            return Err(SettingError(format!(
+                "{place} has to hold one API key, like sk_test_..., and nothing else"
+            )));
+        }
+        Ok(api_key.to_owned())
+    }
+}
+
+fn read_api_key(file: &Path) -> Result<String, SettingError> {
+    if file.to_str().is_some_and(|name| name.starts_with("sk_")) {
+        return Err(SettingError(
+            "--api-key-file takes the name of a file, not the API key".to_owned(),
+        ));
+    }
+    let input: std::io::Result<Box<dyn Read>> = if file == Path::new("-") {
+        Ok(Box::new(std::io::stdin()))
+    } else {
+        File::open(file).map(|file| Box::new(file) as Box<dyn Read>)
+    };
+    let mut text = String::new();
+    input
+        .and_then(|input| input.take(API_KEY_FILE_MAX).read_to_string(&mut text))
+        .map_err(|error| {
+            SettingError(format!(
+                "cannot read the API key from {}: {error}",
+                file.display()
+            ))
+        })?;
+    Ok(text)
+}
+
+/// Takes what `.env`, here or in a directory above, has for variables that are
+/// not set. No thread may have been started, since this changes the environment.
+///
+/// # Errors
+/// Where the file cannot be read, without the line: it may hold a password.
+pub fn load_env_file() -> Result<(), SettingError> {
+    let here = std::env::current_dir().unwrap_or_default();
+    let Some(file) = here
+        .ancestors()
+        .map(|directory| directory.join(".env"))
+        .find(|file| file.is_file())
+    else {
+        return Ok(());
+    };
+    let failed =
+        |error: std::io::Error| SettingError(format!("cannot read {}: {error}", file.display()));
+    match dotenvy::from_path(&file) {
+        Ok(()) => Ok(()),
+        Err(dotenvy::Error::Io(error)) => Err(failed(error)),
+        Err(_) => {
+            let text = std::fs::read_to_string(&file).map_err(failed)?;
+            let text = text.trim_start_matches('\u{feff}');
+            Err(SettingError(format!(
+                "{}, line {}: a line has to be NAME=value, and a value with spaces needs quotes, \
+                 like RULES=\"payment=48h webhook=14d\"",
+                file.display(),
+                broken_line(text),
+            )))
+        }
+    }
+}
+
+/// The number of the first line that cannot be read: the one after the longest
+/// beginning that can be. (A beginning may end within quotes, a longer one not.)
+fn broken_line(text: &str) -> usize {
+    let lines: Vec<_> = text.split_inclusive('\n').collect();
+    let can_be_read = |count: &usize| {
+        let beginning = lines[..*count].concat();
+        dotenvy::from_read_iter(beginning.as_bytes()).all(|line| line.is_ok())
+    };
+    1 + (0..lines.len()).rev().find(can_be_read).unwrap_or(0)
 }
 
 /// How the service runs.
@@ -143,4 +283,22 @@ fn wait(text: &str) -> Result<Duration, String> {
         return Err(format!("it has to be at most {}s", WAIT_MAX.as_secs()));
     }
     Ok(duration)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_line_that_cannot_be_read_is_named() {
+        for (text, line) in [
+            ("RULES=payment=48h webhook=14d", 1),
+            ("# RULES=a b\nA=1\n\nRULES=a b\nB=2\n", 4),
+            ("A=\"1\n2\n3\"\nB=a b\nC=\"4\n5\"\n", 4),
+            ("A=1\nB=\"open\nC=2\n", 2),
+            ("A=1\n=2\n", 2),
+        ] {
+            assert_eq!(broken_line(text), line, "{text}");
+        }
+    }
 }

@@ -4,6 +4,7 @@
 mod check;
 mod server;
 mod trouble;
+mod url;
 
 use std::{borrow::Borrow, time::Duration};
 
@@ -16,9 +17,10 @@ use sqlx::{
 use tokio::time::Instant;
 use tracing::warn;
 
-pub use check::{Unfit, check, check_migrations, ready};
-pub use server::{Server, connect, connect_options};
+pub use check::{Unfit, check, check_migrations, check_version, ready};
+pub use server::{Server, connect};
 pub use trouble::{Trouble, describe};
+pub use url::{UrlError, connect_options, server_name};
 
 /// How long one attempt to read may take: shorter than the time that is left
 /// of five seconds when an account has been remembered for four.

@@ -4,35 +4,30 @@ use std::{io::IsTerminal, process::ExitCode};
 
 use payonce::{
     cli::{self, Cli},
-    config::LogFormat,
+    config::{self, LogFormat},
 };
 use tracing_subscriber::EnvFilter;
 
 fn main() -> ExitCode {
     // Before any thread is started, since it changes the environment. What is
     // set already wins.
-    match dotenvy::dotenv() {
-        Ok(_) => {}
-        Err(error) if error.not_found() => {}
-        Err(_) => {
-            // The error repeats the line, and the line may hold a password.
-            eprintln!("payonce: .env cannot be read; each line has to be NAME=value");
-            return ExitCode::FAILURE;
-        }
+    if let Err(error) = config::load_env_file() {
+        cli::tell(&format!("payonce: {error}"));
+        return ExitCode::from(cli::USAGE);
     }
     let cli = Cli::from_args();
     start_logging(cli.log_format);
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
         Err(error) => {
-            eprintln!("payonce: cannot start: {error}");
-            return ExitCode::FAILURE;
+            cli::tell(&format!("payonce: cannot start: {error}"));
+            return ExitCode::from(cli::USAGE);
         }
     };
     match runtime.block_on(cli.run()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("payonce: {error}");
+            cli::tell(&format!("payonce: {error}"));
             ExitCode::from(cli::exit_code(&error))
         }
     }

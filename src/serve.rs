@@ -27,9 +27,10 @@ use tokio::{
 use tracing::{debug, info, warn};
 
 use crate::{
+    accounts,
     cli::Failure,
     config,
-    db::{self, Server, Trouble, Unfit},
+    db::{self, READ_TIMEOUT, Server, Trouble, Unfit},
     http::{self, App, caller::Callers, limit::Limits},
     idempotency::purge,
     reader::Reader,
@@ -57,7 +58,7 @@ const LAST_CALL: Duration = Duration::from_millis(250);
 /// What keeps the service from starting, or that it was cut off at the end.
 pub async fn run(config: config::Serve) -> Result<(), Failure> {
     let rules = config.rules.rules()?;
-    let options = db::connect_options(&config.database.database_url).map_err(Unfit::from)?;
+    let options = config.database.connect_options()?;
     let server = if config.transaction_pooler {
         Server::behind_pooler(options)
     } else {
@@ -110,6 +111,10 @@ pub async fn run(config: config::Serve) -> Result<(), Failure> {
         let _ = stop.send(Some(Instant::now() + config.shutdown_timeout));
     });
     info!(%address, "listening");
+    // Whoever starts it for the first time would be at a loss here.
+    if let Ok(false) = db::within(READ_TIMEOUT, accounts::exist(&pool)).await {
+        info!("there is no account yet: `payonce account create NAME` makes one, and its API key");
+    }
 
     // First the connections, then the writer, since the connections wait for it.
     let connections = serve(listener, http::router(app), IDLE_TIMEOUT, stopping.clone());
@@ -197,10 +202,13 @@ async fn wait_until_fit(server: &Server) -> Result<(), Unfit> {
     let mut pauses = db::backoff();
     loop {
         match db::check(server).await {
-            Err(Unfit::Unreachable(error))
-                if Trouble::of(&error) == Trouble::Passing && Instant::now() < end =>
+            Err(unfit)
+                if Instant::now() < end
+                    && unfit
+                        .database_error()
+                        .is_some_and(|error| Trouble::of(error) == Trouble::Passing) =>
             {
-                warn!(error = %db::describe(&error), "PostgreSQL does not answer yet");
+                warn!(error = %unfit, "PostgreSQL does not answer yet");
                 tokio::time::sleep(pauses.next().unwrap_or_default()).await;
             }
             other => return other,

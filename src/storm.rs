@@ -5,7 +5,8 @@
 //! service stands a proxy that delays, drops, cuts, duplicates and lies. Then it
 //! asks every key once more, reads all charges through the API, and counts:
 //! double charges, lost charges, answers that differ from the first, keys
-//! without an answer. All four have to be 0.
+//! without an answer. All four have to be 0. Ctrl-C cuts it short: those who came
+//! until then are audited, unless it is pressed again.
 //!
 //! The seed decides what each customer wants and does, and what happens to each
 //! of its requests; it does not decide the order in which they run.
@@ -31,28 +32,41 @@ use std::{sync::Arc, time::Duration};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
 use rand::RngExt;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use crate::cli::Failure;
+use crate::{
+    cli::{Failure, tell},
+    config,
+};
+use audit::Findings;
 use customers::Shop;
 use ledger::Ledger;
 use proxy::FaultProxy;
 use script::Weather;
 
+/// For `--help`.
+pub const EXIT_CODES: &str = "\
+Exit codes:
+  0  nothing wrong was found
+  1  something wrong was found
+  2  no verdict: the storm could not run, or was cut short (Ctrl-C) before it
+     found anything";
+
+/// Why there is no verdict: neither that something is wrong nor that nothing is.
+#[derive(Debug, thiserror::Error)]
+#[error("no verdict: {0}")]
+pub struct NoVerdict(Failure);
+
 /// How the storm blows.
 #[derive(Debug, Clone, Args)]
 pub struct Options {
     /// Where the service is; several are replicas of one deployment
-    #[arg(long = "target", default_value = "http://127.0.0.1:8080", value_name = "URL", value_parser = target)]
+    #[arg(long = "target", env = "PAYONCE_URL", default_value = "http://127.0.0.1:8080", value_name = "URL", value_parser = target)]
     targets: Vec<String>,
 
     /// Whose charges they are
-    #[arg(
-        long,
-        env = "PAYONCE_API_KEY",
-        hide_env_values = true,
-        value_name = "KEY"
-    )]
-    api_key: String,
+    #[command(flatten)]
+    api_key: config::ApiKeySource,
 
     /// How many customers want to pay once
     #[arg(long, default_value_t = 1000, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000_000))]
@@ -96,43 +110,65 @@ fn target(text: &str) -> Result<String, String> {
     Ok(text.trim_end_matches('/').to_owned())
 }
 
-/// Blows, audits, and prints the verdict.
+/// Blows, audits, and prints the report and the verdict.
 ///
 /// # Errors
-/// If one of the four counts is not 0, or the service cannot be reached at all.
+/// What was found, if one of the four counts is not 0; [`NoVerdict`] if it could
+/// not run to its end.
 pub async fn run(options: Options) -> Result<(), Failure> {
+    let report = match blow(&options).await {
+        Ok(report) => report,
+        Err(error) if error.is::<config::SettingError>() => return Err(error),
+        Err(error) => return Err(NoVerdict(error).into()),
+    };
+    report.print(options.json).map_err(NoVerdict)?;
+    report.verdict()
+}
+
+async fn blow(options: &Options) -> Result<report::Report, Failure> {
+    let api_key = options.api_key.read()?;
     // Fails only if a provider is there already, and then there is one.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let seed = options.seed.unwrap_or_else(|| rand::rng().random());
     // A deployment remembers keys: each run has its own.
     let mark = format!("{:08x}", rand::rng().random::<u32>());
-    eprintln!(
+    tell(&format!(
         "storm: seed {seed}, mark {mark}, {} customers",
         options.customers
-    );
+    ));
 
     let ledger = Arc::new(Ledger::new());
     let service = Arc::new(proxy::Service::new(
         options.targets.clone(),
-        &options.api_key,
+        &api_key,
         Arc::clone(&ledger),
     )?);
     service.is_there().await?;
     let proxy = FaultProxy::start(Arc::clone(&service)).await?;
     let shop = Arc::new(Shop::new(
-        &options,
+        options,
         seed,
         &mark,
         proxy.address,
         Arc::clone(&ledger),
     )?);
 
+    let mut interrupts = Interrupts::new()?;
     let progress = bar(u64::from(options.customers), "customers");
-    let results = shop.open(&progress).await;
+    let results = shop.open(&progress, interrupts.next()).await;
     progress.finish_and_clear();
+    if results.cut_short {
+        tell(&format!(
+            "storm: cut short; auditing the {} customers who came (Ctrl-C again: no audit)",
+            results.customers
+        ));
+    }
 
-    let progress = bar(u64::from(options.customers), "keys audited");
-    let findings = audit::run(&shop, &service, &options, &progress).await?;
+    let progress = bar(u64::from(results.customers), "keys audited");
+    let findings = tokio::select! {
+        findings = audit::run(&shop, &service, options, results.customers, &progress) => findings?,
+        () = interrupts.next() => Findings::without_audit(&shop, results.customers),
+    };
     progress.finish_and_clear();
 
     if let Some(file) = &options.history {
@@ -140,9 +176,31 @@ pub async fn run(options: Options) -> Result<(), Failure> {
             .write(file)
             .map_err(|error| format!("cannot write {}: {error}", file.display()))?;
     }
-    let report = report::Report::new(seed, &mark, &shop, &ledger, results, findings);
-    report.print(options.json)?;
-    report.verdict().map_err(Into::into)
+    Ok(report::Report::new(
+        seed, &mark, &shop, &ledger, results, findings,
+    ))
+}
+
+/// Ctrl-C, and the SIGTERM of whoever limits the time.
+struct Interrupts {
+    interrupt: Signal,
+    terminate: Signal,
+}
+
+impl Interrupts {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+        }
+    }
 }
 
 /// Only where somebody looks at a terminal; indicatif finds out by itself.

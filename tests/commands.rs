@@ -1,14 +1,23 @@
 //! The commands, as they are typed.
 
-use std::{process::Output, time::Duration};
+use std::{
+    os::unix::fs::PermissionsExt,
+    process::{Output, Stdio},
+    time::Duration,
+};
 
-use sqlx::{Connection, Executor, PgConnection, PgPool};
-use tokio::process::Command;
+use sqlx::{ConnectOptions, Connection, Executor, PgConnection, PgPool};
+use tokio::{
+    io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader},
+    net::TcpListener,
+    process::Command,
+};
 
 use crate::support::{
-    Service, count, eventually,
+    Service, count, eventually, make_account,
     postgres::Cluster,
-    process::{BINARY, HttpClient, Process},
+    process::{BINARY, HttpClient, Process, Signal, send_signal},
+    proxy::{Network, Proxy},
     url,
 };
 
@@ -19,7 +28,9 @@ fn payonce(arguments: &[&str]) -> Command {
         .args(arguments)
         .current_dir(std::env::temp_dir())
         .env_remove("RUST_LOG")
-        .env_remove("DATABASE_URL");
+        .env_remove("DATABASE_URL")
+        .env_remove("PAYONCE_URL")
+        .env_remove("PAYONCE_API_KEY");
     command
 }
 
@@ -199,12 +210,335 @@ async fn a_mistake_is_named(pool: PgPool) {
         assert!(!output.status.success());
         assert!(said.contains(named), "{variable}={value}: {said}");
     }
-    let output = payonce(&["serve"]).output().await.unwrap();
+}
+
+/// How a command ended, and the one line that it said.
+async fn one_line(command: &mut Command) -> (i32, String) {
+    let output = command.output().await.unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(said.lines().count(), 1, "{said}");
+    (output.status.code().unwrap(), said)
+}
+
+#[tokio::test]
+async fn what_is_wrong_with_the_database_url_is_named() {
+    for url in [None, Some("")] {
+        for command in ["serve", "migrate", "purge"] {
+            let mut command = payonce(&[command]);
+            if let Some(url) = url {
+                command.env("DATABASE_URL", url);
+            }
+            let (code, said) = one_line(&mut command).await;
+            assert_eq!(code, 2, "{said}");
+            assert!(said.contains("DATABASE_URL is not set"), "{said}");
+            assert!(said.contains("postgres://user:password@"), "{said}");
+        }
+    }
+    for (url, named) in [
+        ("garbage-hunter2", "a URL like postgres://user:password@"),
+        ("mysql://u:hunter2@127.0.0.1:1/db", "not mysql://"),
+        ("postgres://u:hunter2@3@127.0.0.1:1/db", "%40"),
+        ("postgres://u:hunter2/3@127.0.0.1:1/db", "%2F"),
+        ("postgres://u:hunter2@127.0.0.1:port/db", "the port"),
+        (
+            "postgres://u:hunter2@127.0.0.1:1,127.0.0.1:2/db",
+            "several hosts",
+        ),
+        (
+            "postgres://u:hunter2@h/db?host=127.0.0.1,127.0.0.2",
+            "several hosts",
+        ),
+        (
+            "postgres://u:hunter2@127.0.0.1:1/db?target_session_attrs=read-write",
+            "target_session_attrs",
+        ),
+    ] {
+        for command in ["serve", "migrate"] {
+            let (code, said) = one_line(payonce(&[command]).env("DATABASE_URL", url)).await;
+            assert_eq!(code, 2, "{said}");
+            assert!(
+                said.contains("DATABASE_URL cannot be used") && said.contains(named),
+                "{url}: {said}"
+            );
+            assert!(!said.contains("hunter2"), "{said}");
+        }
+    }
+    let nowhere = "postgres://u:hunter2@127.0.0.1:1/db";
+    let (code, said) = one_line(payonce(&["migrate"]).env("DATABASE_URL", nowhere)).await;
+    assert_eq!(code, 1);
+    assert!(said.contains("PostgreSQL at 127.0.0.1:1"), "{said}");
+    assert!(!said.contains("hunter2"), "{said}");
+}
+
+/// As far as the version that it tells, which is where payonce has to stop.
+async fn server_of_version(version: &'static str) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let length = stream.read_u32().await.unwrap();
+            let mut startup = vec![0; length as usize - 4];
+            stream.read_exact(&mut startup).await.unwrap();
+            let status = format!("server_version\0{version}\0");
+            let mut answer = b"R\0\0\0\x08\0\0\0\0S".to_vec();
+            answer.extend(u32::try_from(status.len() + 4).unwrap().to_be_bytes());
+            answer.extend(status.bytes());
+            answer.extend(b"Z\0\0\0\x05I");
+            stream.write_all(&answer).await.unwrap();
+            // Until the client has seen enough.
+            let _ = stream.read_to_end(&mut startup).await;
+        }
+    });
+    format!("postgres://u@{address}/db?sslmode=disable")
+}
+
+#[tokio::test]
+async fn a_postgresql_that_is_too_old_is_refused_by_its_version() {
+    let url = server_of_version("14.19 (Debian 14.19-1.pgdg13+1)").await;
+    for arguments in [&["serve"][..], &["migrate"], &["account", "create", "shop"]] {
+        let (code, said) = one_line(payonce(arguments).env("DATABASE_URL", &url)).await;
+        assert_eq!(code, 1);
+        assert!(
+            said.contains("PostgreSQL 14.19 is too old: payonce needs PostgreSQL 15 or later"),
+            "{said}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_line_of_the_env_file_that_cannot_be_read_is_named_by_its_number() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join(".env");
+    std::fs::write(
+        &file,
+        "# RULES=hunter2 x\n\nLOG_FORMAT=json\nRULES=hunter2 x\n",
+    )
+    .unwrap();
+    let (code, said) = one_line(payonce(&["rules"]).current_dir(directory.path())).await;
+    assert_eq!(code, 2);
     assert!(
-        String::from_utf8(output.stderr)
-            .unwrap()
-            .contains("--database-url")
+        said.contains(".env, line 4: ") && said.contains("quotes"),
+        "{said}"
     );
+    assert!(!said.contains("hunter2"), "{said}");
+}
+
+#[tokio::test]
+async fn a_usage_asks_only_for_what_is_required_and_a_wrong_variable_is_named() {
+    let output = payonce(&["charge", "--amount", "5000"])
+        .env("PAYONCE_URL", "http://127.0.0.1:1")
+        .env("LOG_FORMAT", "json")
+        .output()
+        .await
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    let usage = said.lines().find(|line| line.starts_with("Usage: "));
+    assert_eq!(
+        usage,
+        Some("Usage: payonce charge [OPTIONS] --amount <N> --currency <CODE>"),
+        "{said}"
+    );
+    for (arguments, variable, value) in [
+        (&["serve"][..], "BATCH_MAX", "many"),
+        (&["serve"], "LOG_FORMAT", "xml"),
+        (&["storm"], "PAYONCE_URL", "nowhere"),
+    ] {
+        let output = payonce(arguments)
+            .env(variable, value)
+            .output()
+            .await
+            .unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        assert!(said.contains(&format!("the variable {variable}")), "{said}");
+    }
+    // The flag is what is wrong here.
+    let output = payonce(&["serve", "--batch-max=few"])
+        .env("BATCH_MAX", "many")
+        .output()
+        .await
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        said.contains("'few'") && !said.contains("the variable"),
+        "{said}"
+    );
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn an_api_key_comes_from_the_environment_a_file_or_standard_input(pool: PgPool) {
+    let (account, api_key) = make_account(&pool).await;
+    let process = Process::serve(&url(&pool)).await;
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("api_key");
+    std::fs::write(&file, format!("{api_key}\n")).unwrap();
+    let file = file.to_str().unwrap();
+
+    let charge = ["charge", "--amount", "5000", "--currency", "usd"];
+    for (i, more) in [&[][..], &["--api-key-file", file], &["--api-key-file", "-"]]
+        .into_iter()
+        .enumerate()
+    {
+        let mut command = payonce(&[&charge[..], more].concat());
+        command
+            .env("PAYONCE_URL", format!("http://{}", process.address))
+            // What is named is taken, whatever the environment says.
+            .env(
+                "PAYONCE_API_KEY",
+                if i == 0 { &api_key } else { "sk_test_other" },
+            )
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let mut stdin = child.stdin.take().unwrap();
+        stdin.write_all(api_key.as_bytes()).await.unwrap();
+        drop(stdin);
+        let output = child.wait_with_output().await.unwrap();
+        assert!(output.status.success(), "{more:?}: {output:?}");
+    }
+    assert_eq!(count(&pool, "charges").await, 3);
+    let checked = succeed(&pool, &["api-key", "check", "--api-key-file", file]).await;
+    assert_eq!(checked, format!("account {account}\n"));
+
+    for command in [&charge[..], &["storm"], &["api-key", "check"]] {
+        let (code, said) = one_line(payonce(command).env("PAYONCE_API_KEY", "")).await;
+        assert_eq!(code, 2);
+        assert!(
+            said.contains("PAYONCE_API_KEY is not set") && said.contains("--api-key-file"),
+            "{said}"
+        );
+        for (file, named) in [
+            ("/nowhere/api_key", "/nowhere/api_key"),
+            ("/dev/null", "--api-key-file has to hold one API key"),
+            (api_key.as_str(), "the name of a file"),
+        ] {
+            let arguments = [command, &["--api-key-file", file]].concat();
+            let (code, said) = one_line(&mut payonce(&arguments)).await;
+            assert_eq!(code, 2);
+            assert!(said.contains(named) && !said.contains(&api_key), "{said}");
+        }
+        // Everybody could read it in the list of processes.
+        let output = payonce(&[command, &["--api-key", &api_key]].concat())
+            .output()
+            .await
+            .unwrap();
+        assert_eq!(output.status.code(), Some(2));
+    }
+}
+
+/// Runs it for a reader who has seen enough before anything is written.
+async fn unread(command: &mut Command) -> Output {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let child = command
+        .stdout(writer)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.wait_with_output().await.unwrap()
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_reader_that_has_seen_enough_is_no_error(pool: PgPool) {
+    for arguments in [
+        &["openapi"][..],
+        &["rules"],
+        &["key", "mint"],
+        &["--help"],
+        &["serve", "--help"],
+    ] {
+        let output = unread(&mut payonce(arguments)).await;
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        assert!(output.stderr.is_empty(), "{arguments:?}: {output:?}");
+    }
+    // Nor is one of what is said beside it.
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let status = payonce(&["migrate"])
+        .env("DATABASE_URL", url(&pool))
+        .stderr(writer)
+        .status()
+        .await
+        .unwrap();
+    assert!(status.success(), "{status:?}");
+    // But an API key that nobody has seen is lost.
+    let create = &mut payonce(&["account", "create", "shop"]);
+    let output = unread(create.env("DATABASE_URL", url(&pool))).await;
+    assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("could not be shown and is lost"), "{said}");
+}
+
+#[tokio::test]
+async fn the_help_of_a_small_command_is_short() {
+    let output = payonce(&["purge", "--help"]).output().await.unwrap();
+    let help = String::from_utf8(output.stdout).unwrap();
+    assert!(help.contains("--log-format"));
+    assert!(help.lines().count() <= 10, "{help}");
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn health_says_whether_the_service_is_ready(pool: PgPool) {
+    let proxy = Proxy::to(&pool).await;
+    let through = proxy.options(&pool.connect_options()).to_url_lossy();
+    let process = Process::serve(through.as_str()).await;
+    let (_, port) = process.address.rsplit_once(':').unwrap();
+    let everywhere = format!("0.0.0.0:{port}");
+    for address in [&process.address, &everywhere] {
+        let output = payonce(&["health"])
+            .env("LISTEN_ADDR", address)
+            // A proxy has no say between two programs of one machine.
+            .env("HTTP_PROXY", "http://127.0.0.1:1")
+            .output()
+            .await
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(output.stdout, b"ready\n");
+    }
+    proxy.set(Network::Down);
+    let away = payonce(&["health"])
+        .env("LISTEN_ADDR", &everywhere)
+        .output()
+        .await
+        .unwrap();
+    assert_eq!(away.status.code(), Some(1), "{away:?}");
+    proxy.set(Network::Well);
+
+    let address = process.address.clone();
+    assert!(process.terminate().await.success());
+    let (code, said) = one_line(payonce(&["health"]).env("LISTEN_ADDR", &address)).await;
+    assert_eq!(code, 1);
+    assert!(
+        said.contains(&format!("http://{address}/readyz does not answer")),
+        "{said}"
+    );
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn whoever_has_no_account_is_told_how_to_make_one(pool: PgPool) {
+    let no_account = async |known: &str| {
+        let mut serve = payonce(&["serve"])
+            .env("DATABASE_URL", url(&pool))
+            .env("LISTEN_ADDR", "127.0.0.1:0")
+            .stderr(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .unwrap();
+        let mut lines = BufReader::new(serve.stderr.take().unwrap()).lines();
+        while !lines.next_line().await.unwrap().unwrap().contains(known) {}
+        send_signal(serve.id(), Signal::TERM).unwrap();
+        let mut told = false;
+        while let Some(line) = lines.next_line().await.unwrap() {
+            told |= line.contains("payonce account create");
+        }
+        told
+    };
+    // The line comes after the one that the service listens, if it comes.
+    assert!(no_account("listening").await);
+    make_account(&pool).await;
+    assert!(!no_account("listening").await);
 }
 
 #[sqlx::test(migrator = "payonce::MIGRATOR")]
@@ -247,7 +581,7 @@ async fn an_empty_variable_counts_as_unset(pool: PgPool) {
     assert!(
         String::from_utf8(missing.stderr)
             .unwrap()
-            .contains("required")
+            .contains("DATABASE_URL is not set")
     );
     let mut serve = payonce(&["serve"]);
     for variable in [
@@ -295,6 +629,34 @@ async fn every_setting_stands_in_the_help_and_in_the_example() {
             "{variable} is missing in .env.example"
         );
     }
+}
+
+/// What .env says holds for the service that compose starts, but for where
+/// things are, which compose decides.
+#[tokio::test]
+async fn every_setting_reaches_the_service_that_compose_starts() {
+    let help = payonce(&["serve", "--help"]).output().await.unwrap();
+    let help = String::from_utf8(help.stdout).unwrap();
+    let compose = include_str!("../docker-compose.yml");
+    let example = include_str!("../.env.example");
+    let variables = help
+        .split("[env: ")
+        .skip(1)
+        .map(|rest| rest.split(['=', ']']).next().unwrap())
+        .filter(|variable| !["DATABASE_URL", "LISTEN_ADDR"].contains(variable))
+        .chain(["RUST_LOG"]);
+    for variable in variables {
+        assert!(
+            compose.contains(&format!("    {variable}: ${{{variable}:-}}\n")),
+            "{variable} does not reach the service"
+        );
+    }
+    for port in ["POSTGRES_PORT", "PAYONCE_PORT"] {
+        assert!(compose.contains(&format!("${{{port}:-")));
+        assert!(example.contains(&format!("\n{port}=")), "{port}");
+    }
+    // sqlx's own CLI takes an empty one for a URL.
+    assert!(!example.lines().any(|line| line.trim() == "DATABASE_URL="));
 }
 
 #[tokio::test]
@@ -545,5 +907,32 @@ async fn a_database_that_cannot_hold_every_text_is_refused() {
         let said = String::from_utf8(output.stderr).unwrap();
         assert_eq!(output.status.success(), fits, "{said}");
         assert!(fits || said.contains("UTF8"), "{said}");
+    }
+}
+
+/// Before PostgreSQL is looked for, and perhaps installed.
+#[tokio::test]
+async fn a_toolchain_that_is_too_old_or_missing_is_named_first() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = std::env::var("PATH").unwrap();
+    let old = directory.path().join("cargo");
+    std::fs::write(
+        &old,
+        "#!/bin/sh\necho 'cargo 1.70.0 (ec8a8a0ca 2023-04-25)'\n",
+    )
+    .unwrap();
+    std::fs::set_permissions(&old, std::fs::Permissions::from_mode(0o755)).unwrap();
+    for script in ["run", "test"] {
+        let (code, said) = one_line(
+            Command::new(format!("{}/scripts/{script}", env!("CARGO_MANIFEST_DIR")))
+                .env("PATH", format!("{}:{path}", directory.path().display()))
+                .env("LISTEN_ADDR", "127.0.0.1:1"),
+        )
+        .await;
+        assert_eq!(code, 1, "{said}");
+        assert!(
+            said.contains("needs Rust 1.94") && said.contains("cargo 1.70.0"),
+            "{said}"
+        );
     }
 }

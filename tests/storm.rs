@@ -11,16 +11,21 @@ use axum::{
     extract::{Query, State},
     http::{HeaderMap, StatusCode},
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{get, post},
 };
 use serde::Deserialize;
 use serde_json::{Value, json};
 use sqlx::{ConnectOptions, PgPool};
-use tokio::{net::TcpListener, process::Command};
+use tokio::{
+    io::{AsyncBufReadExt, BufReader},
+    net::TcpListener,
+    process::Command,
+    sync::Notify,
+};
 
 use crate::support::{
-    make_account,
-    process::{BINARY, Process},
+    count, eventually, make_account,
+    process::{BINARY, Process, Signal, send_signal},
 };
 
 /// Runs it with `--json`, and gives exit code, report and standard error.
@@ -29,6 +34,7 @@ async fn storm(api_key: &str, arguments: &[&str]) -> (i32, Value, String) {
         .args(["storm", "--json"])
         .args(arguments)
         .env("PAYONCE_API_KEY", api_key)
+        .env_remove("PAYONCE_URL")
         // Of no account to the storm, which asks the tables only when told to.
         .env("DATABASE_URL", "postgres://nobody@127.0.0.1:1/nowhere")
         .current_dir(std::env::temp_dir())
@@ -111,6 +117,14 @@ async fn payonce_stands_the_storm(pool: PgPool) {
         );
     }
     assert!(said.contains("seed 7"));
+    assert!(
+        said.trim_end()
+            .lines()
+            .last()
+            .unwrap()
+            .starts_with("storm: nothing wrong: 300 customers"),
+        "{said}"
+    );
     let lines = std::fs::read_to_string(&history).unwrap();
     std::fs::remove_file(&history).unwrap();
     assert!(
@@ -233,17 +247,29 @@ async fn list(State(guilty): State<Guilty>, Query(page): Query<Page>) -> Json<Va
     )
 }
 
+/// Where it is, and what tells that somebody wants to pay.
+async fn serve(guilty: Guilty) -> (String, Arc<Notify>) {
+    let came = Arc::new(Notify::new());
+    let told = Arc::clone(&came);
+    let pay = post(async move |state, headers, body| {
+        told.notify_one();
+        charge(state, headers, body).await
+    });
+    let router = Router::new()
+        .route("/v1/charges", get(list).merge(pay))
+        .with_state(guilty);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let target = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    (target, came)
+}
+
 async fn at(fault: Fault) -> (i32, Value, String) {
     let guilty = Guilty {
         fault,
         charges: Arc::default(),
     };
-    let router = Router::new()
-        .route("/v1/charges", get(list).post(charge))
-        .with_state(guilty);
-    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let target = format!("http://{}", listener.local_addr().unwrap());
-    tokio::spawn(async move { axum::serve(listener, router).await });
+    let (target, _) = serve(guilty).await;
     let (code, report, said) = storm(
         "sk_test_any",
         &[
@@ -327,9 +353,89 @@ async fn a_mistake_is_named() {
             .await
             .unwrap();
         let said = String::from_utf8(output.stderr).unwrap();
+        // 1 would mean that something wrong was found.
+        assert_eq!(output.status.code(), Some(2), "{arguments:?}: {said}");
+        assert!(said.contains(named), "{arguments:?}: {said}");
+    }
+}
+
+/// A storm that has no end of its own.
+fn endless(target: &str, api_key: &str) -> Command {
+    let mut command = Command::new(BINARY);
+    command
+        .args(["storm", "--json", "--customers", "10000000"])
+        .env("PAYONCE_URL", target)
+        .env("PAYONCE_API_KEY", api_key)
+        .current_dir(std::env::temp_dir())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .kill_on_drop(true);
+    command
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_storm_that_is_cut_short_audits_those_who_came(pool: PgPool) {
+    let (_, api_key) = make_account(&pool).await;
+    let service = Process::serve(&crate::support::url(&pool)).await;
+    let target = format!("http://{}", service.address);
+    for signal in [Signal::INT, Signal::TERM] {
+        let before = count(&pool, "charges").await;
+        let storm = endless(&target, &api_key).spawn().unwrap();
+        eventually("the storm blows", || async {
+            count(&pool, "charges").await > before + 20
+        })
+        .await;
+        send_signal(storm.id(), signal).unwrap();
+        let output = storm.wait_with_output().await.unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(report["cut_short"], true);
+        assert_eq!(counts(&report), [0; 4], "{report}");
+        let came = report["customers"].as_i64().unwrap();
+        assert!(came > 20, "{report}");
+        // Each of them has its charge now: the audit asks every key.
+        assert_eq!(report["charges_made"], came);
+        assert_eq!(count(&pool, "charges").await, before + came);
+        assert_eq!(output.status.code(), Some(2), "{said}");
         assert!(
-            !output.status.success() && said.contains(named),
-            "{arguments:?}: {said}"
+            said.contains(&format!("cut short after {came} customers")),
+            "{said}"
         );
     }
+}
+
+#[tokio::test]
+async fn a_storm_that_is_cut_short_twice_reports_what_it_knows() {
+    let guilty = Guilty {
+        fault: Fault::NeverAnswers,
+        charges: Arc::default(),
+    };
+    let (target, came) = serve(guilty).await;
+    let mut storm = endless(&target, "sk_test_any").spawn().unwrap();
+    came.notified().await;
+    send_signal(storm.id(), Signal::INT).unwrap();
+    let mut lines = BufReader::new(storm.stderr.take().unwrap()).lines();
+    while !lines
+        .next_line()
+        .await
+        .unwrap()
+        .unwrap()
+        .contains("Ctrl-C again")
+    {}
+    send_signal(storm.id(), Signal::INT).unwrap();
+    let said = lines.next_line().await.unwrap().unwrap();
+    let output = storm.wait_with_output().await.unwrap();
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(report["cut_short"], true);
+    for unknown in [
+        "double_charges",
+        "lost_charges",
+        "unanswered_keys",
+        "charges_made",
+    ] {
+        assert!(report[unknown].is_null(), "{unknown}: {report}");
+    }
+    assert!(said.contains("the charges were not audited"), "{said}");
+    assert_eq!(output.status.code(), Some(2));
 }

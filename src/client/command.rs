@@ -1,6 +1,6 @@
 //! `payonce charge`: one charge from the command line.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, io::Write, time::Duration};
 
 use clap::Args;
 
@@ -17,7 +17,7 @@ pub const EXIT_CODES: &str = "\
 Exit codes:
   0  charged; the charge stands on standard output
   1  certainly not charged: refused, declined, or never sent
-  2  the command line is wrong; nothing was sent
+  2  the command line or a setting is wrong; nothing was sent
   3  unknown, or pending: ask again with the same --key and the same wish
 Whatever else ends it (a signal, say) is as good as 3. With --key, 1 is a
 decline, or a key that belongs to another request: an earlier command with this
@@ -55,17 +55,12 @@ pub struct Options {
     key: Option<Key>,
 
     /// Where the service is
-    #[arg(long, default_value = "http://127.0.0.1:8080", value_name = "URL", value_parser = target)]
+    #[arg(long, env = "PAYONCE_URL", default_value = "http://127.0.0.1:8080", value_name = "URL", value_parser = target)]
     target: String,
 
     /// Whose charge it is
-    #[arg(
-        long,
-        env = "PAYONCE_API_KEY",
-        hide_env_values = true,
-        value_name = "KEY"
-    )]
-    api_key: String,
+    #[command(flatten)]
+    api_key: config::ApiKeySource,
 
     /// How long to go on asking
     #[arg(long, default_value = "30s", value_parser = config::positive, value_name = "DURATION")]
@@ -122,7 +117,8 @@ pub async fn run(options: Options) -> Result<(), cli::Failure> {
             return Err("certainly not charged: a name stands in --metadata twice".into());
         }
     }
-    let client = Client::new(&options.target, &options.api_key)?.with_settings(Settings {
+    let api_key = options.api_key.read()?;
+    let client = Client::new(&options.target, &api_key)?.with_settings(Settings {
         deadline: options.deadline,
         ..Settings::default()
     });
@@ -137,13 +133,14 @@ pub async fn run(options: Options) -> Result<(), cli::Failure> {
         operation.with_key(key)
     } else {
         // Before it is sent: who breaks it off has to know.
-        eprintln!("key {}", operation.key().to_header());
+        writeln!(std::io::stderr(), "key {}", operation.key().to_header())
+            .map_err(|error| format!("certainly not charged: cannot print the key: {error}"))?;
         operation
     };
     let key = || operation.key().to_header();
     match client.send(&operation).await {
         Ok(charged) => {
-            cli::print(&format!("{}\n", charged.body))
+            cli::print_in_full(&format!("{}\n", charged.body))
                 .map_err(|error| Open::Untold(error, key()))?;
             match charged.charge.status {
                 Status::Succeeded => Ok(()),

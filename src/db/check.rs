@@ -9,9 +9,20 @@ use crate::MIGRATOR;
 /// Why a server is not one to serve from.
 #[derive(Debug, thiserror::Error)]
 pub enum Unfit {
+    /// There is no connection to it.
+    #[error("cannot connect to PostgreSQL at {server}: {}", describe(.error))]
+    Unreachable {
+        /// Host and port, or the socket.
+        server: String,
+        /// What went wrong.
+        error: sqlx::Error,
+    },
     /// It could not be asked.
-    #[error("cannot reach PostgreSQL: {}", describe(.0))]
-    Unreachable(sqlx::Error),
+    #[error("PostgreSQL could not be asked: {}", describe(.0))]
+    Unasked(sqlx::Error),
+    /// Older than what payonce is tested with.
+    #[error("PostgreSQL {0} is too old: payonce needs PostgreSQL {OLDEST} or later")]
+    TooOld(String),
     /// A pooler does not take our session's settings.
     #[error(
         "there is a pooler before PostgreSQL that refuses our session settings: behind PgBouncer in transaction mode start with --transaction-pooler (TRANSACTION_POOLER=true); commands other than serve need a direct DATABASE_URL"
@@ -47,8 +58,13 @@ pub enum Unfit {
     },
 }
 
-impl From<sqlx::Error> for Unfit {
-    fn from(error: sqlx::Error) -> Self {
+/// The oldest version of PostgreSQL that is supported.
+const OLDEST: u32 = 15;
+
+impl Unfit {
+    /// Why there is no connection to `server`.
+    #[must_use]
+    pub fn unreachable(server: String, error: sqlx::Error) -> Self {
         // PgBouncer's word for what PostgreSQL takes.
         let refused = error
             .as_database_error()
@@ -56,8 +72,23 @@ impl From<sqlx::Error> for Unfit {
         if refused == Some(true) {
             Self::BehindPooler
         } else {
-            Self::Unreachable(error)
+            Self::Unreachable { server, error }
         }
+    }
+
+    /// The database's error, where it is one.
+    #[must_use]
+    pub fn database_error(&self) -> Option<&sqlx::Error> {
+        match self {
+            Self::Unreachable { error, .. } | Self::Unasked(error) => Some(error),
+            _ => None,
+        }
+    }
+}
+
+impl From<sqlx::Error> for Unfit {
+    fn from(error: sqlx::Error) -> Self {
+        Self::Unasked(error)
     }
 }
 
@@ -66,7 +97,11 @@ impl From<sqlx::Error> for Unfit {
 /// # Errors
 /// The first thing that is in the way.
 pub async fn check(server: &Server) -> Result<(), Unfit> {
-    let mut conn = server.connect().await?;
+    let mut conn = server
+        .connect()
+        .await
+        .map_err(|error| Unfit::unreachable(server.name(), error))?;
+    check_version(&conn)?;
     // In a transaction, since behind a pooler the settings hold there alone.
     let mut transaction = server.begin(&mut conn).await?;
     check_durability(&mut transaction).await?;
@@ -74,6 +109,22 @@ pub async fn check(server: &Server) -> Result<(), Unfit> {
     check_migrations(&mut transaction).await?;
     transaction.rollback().await?;
     Ok(())
+}
+
+/// Asks for PostgreSQL 15 or later. The server tells its version when a
+/// connection is made, so that this costs no round trip.
+///
+/// # Errors
+/// [`Unfit::TooOld`].
+pub fn check_version(conn: &PgConnection) -> Result<(), Unfit> {
+    match conn.server_version_num() {
+        Some(number) if number < OLDEST * 10_000 => Err(Unfit::TooOld(format!(
+            "{}.{}",
+            number / 10_000,
+            number % 10_000
+        ))),
+        _ => Ok(()),
+    }
 }
 
 async fn check_durability(conn: &mut PgConnection) -> Result<(), Unfit> {

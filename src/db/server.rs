@@ -1,13 +1,13 @@
 //! How the service reaches PostgreSQL, and what its sessions are set to.
 
-use std::{fmt::Write, str::FromStr, sync::Arc, time::Duration};
+use std::{fmt::Write, sync::Arc, time::Duration};
 
 use sqlx::{
     AssertSqlSafe, Connection, Executor, PgConnection, PgPool, Postgres, Transaction,
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 
-use super::{READ_TIMEOUT, within};
+use super::{READ_TIMEOUT, server_name, within};
 
 /// What every session of the service is set to: name, value, and whether it is
 /// about transactions (else it is about the connection).
@@ -38,19 +38,6 @@ pub(super) const SESSION: &[(&str, &str, bool)] = &[
 
 /// How long one attempt to connect may take.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// The options for a connection to `url`, without the settings of the service:
-/// a migration, or a command of an operator, may take its time.
-///
-/// # Errors
-/// If the URL is none, without repeating it: it holds a password.
-pub fn connect_options(url: &str) -> Result<PgConnectOptions, sqlx::Error> {
-    let options = PgConnectOptions::from_str(url)?;
-    Ok(match options.get_application_name() {
-        Some(_) => options,
-        None => options.application_name("payonce"),
-    })
-}
 
 /// One connection, or an error within two seconds.
 ///
@@ -103,6 +90,12 @@ impl Server {
             begin: begin.into(),
             behind_pooler: true,
         }
+    }
+
+    /// Where it is, for people.
+    #[must_use]
+    pub fn name(&self) -> String {
+        server_name(&self.options)
     }
 
     /// One connection, or an error within two seconds.
@@ -165,17 +158,5 @@ impl Server {
             Box::pin(async move { commit.await.map(|_| true) })
         })
         .connect_lazy_with(self.options.clone())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::db::describe;
-
-    #[test]
-    fn a_broken_url_is_not_repeated() {
-        let error = connect_options("postgres://user:hunter2@host:port/db").unwrap_err();
-        assert!(!describe(&error).contains("hunter2"));
     }
 }

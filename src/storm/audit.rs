@@ -37,24 +37,41 @@ pub struct Findings {
     pub lost: BTreeSet<u32>,
     pub differing: BTreeSet<u32>,
     pub unanswered: BTreeSet<u32>,
+    /// Whether the questions were put; without them only `differing` is known.
+    pub audited: bool,
     /// What the tables say that the API does not.
     pub tables: Option<Vec<String>>,
 }
 
+impl Findings {
+    /// What the answers alone show.
+    pub fn without_audit(shop: &Shop, customers: u32) -> Self {
+        Self {
+            differing: (0..customers)
+                .filter(|&customer| answers(shop, customer).len() > 1)
+                .collect(),
+            ..Self::default()
+        }
+    }
+}
+
+/// Of the first so many customers, who came.
 pub async fn run(
     shop: &Arc<Shop>,
     service: &Arc<Service>,
     options: &Options,
+    customers: u32,
     progress: &ProgressBar,
 ) -> Result<Findings, Failure> {
-    let unanswered = ask_every_key_once_more(shop, service, progress).await;
+    let unanswered = ask_every_key_once_more(shop, service, customers, progress).await;
     let charges = read_charges(shop, service).await?;
     let mut findings = Findings {
         unanswered,
+        audited: true,
         charges: charges.values().map(Vec::len).sum(),
         ..Findings::default()
     };
-    for customer in 0..shop.customers {
+    for customer in 0..customers {
         let made = charges.get(&customer).map_or(&[][..], Vec::as_slice);
         if made.len() > 1 {
             findings.double.insert(customer);
@@ -95,11 +112,12 @@ fn answers(shop: &Shop, customer: u32) -> Vec<Answer> {
 async fn ask_every_key_once_more(
     shop: &Arc<Shop>,
     service: &Arc<Service>,
+    customers: u32,
     progress: &ProgressBar,
 ) -> BTreeSet<u32> {
     let door = Arc::new(Semaphore::new(32));
     let mut asking = JoinSet::new();
-    for customer in 0..shop.customers {
+    for customer in 0..customers {
         let Ok(permit) = Arc::clone(&door).acquire_owned().await else {
             break;
         };
@@ -227,7 +245,8 @@ async fn page(service: &Service, path: &str, patience: Duration) -> Result<Value
 
 /// What is wrong in the tables with the keys of this run; rides out a restart.
 async fn read_tables(url: &str, shop: &Shop) -> Result<Vec<String>, Failure> {
-    let options = db::connect_options(url).map_err(db::Unfit::from)?;
+    let options = db::connect_options(url)
+        .map_err(|error| format!("--database-url cannot be used: {error}"))?;
     let give_up = Instant::now() + shop.patience;
     loop {
         let error = match look_into_tables(&options, &shop.mark).await {
@@ -235,7 +254,12 @@ async fn read_tables(url: &str, shop: &Shop) -> Result<Vec<String>, Failure> {
             Err(error) => error,
         };
         if Trouble::of(&error) != Trouble::Passing || Instant::now() >= give_up {
-            return Err(db::Unfit::from(error).into());
+            return Err(format!(
+                "the tables cannot be audited ({}): {}",
+                db::server_name(&options),
+                db::describe(&error)
+            )
+            .into());
         }
         tokio::time::sleep(Duration::from_millis(100)).await;
     }

@@ -4,7 +4,7 @@ use std::{
     net::SocketAddr,
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
 };
@@ -43,6 +43,10 @@ pub enum Ended {
 /// What the customers lived through.
 #[derive(Debug, Default)]
 pub struct Results {
+    /// How many came.
+    pub customers: u32,
+    /// Whether there were to be more.
+    pub cut_short: bool,
     /// Requests sent, by [`Fate::ALL`].
     pub fates: [u64; Fate::ALL.len()],
     /// Of requests that were answered, in milliseconds.
@@ -57,7 +61,7 @@ pub struct Results {
 pub struct Shop {
     pub dice: Dice,
     pub mark: String,
-    pub customers: u32,
+    customers: u32,
     concurrency: u32,
     pub patience: Duration,
     proxy: SocketAddr,
@@ -117,27 +121,22 @@ impl Shop {
     }
 
     /// Lets all customers in, so many at a time, and comes back when the last
-    /// one has left.
-    pub async fn open(self: &Arc<Self>, progress: &ProgressBar) -> Results {
+    /// one has left, or when it is interrupted: then nobody more comes in, and
+    /// those inside are turned out in the middle of what they do.
+    pub async fn open(
+        self: &Arc<Self>,
+        progress: &ProgressBar,
+        interrupt: impl Future<Output = ()>,
+    ) -> Results {
         let started = Instant::now();
-        let door = Arc::new(Semaphore::new(self.concurrency as usize));
-        let mut inside = JoinSet::new();
-        for customer in 0..self.customers {
-            // The door is never closed.
-            let Ok(permit) = Arc::clone(&door).acquire_owned().await else {
-                break;
-            };
-            let shop = Arc::clone(self);
-            let progress = progress.clone();
-            inside.spawn(async move {
-                shop.serve(customer).await;
-                progress.inc(1);
-                drop(permit);
-            });
-            while inside.try_join_next().is_some() {}
-        }
-        while inside.join_next().await.is_some() {}
+        let came = AtomicU32::new(0);
+        let cut_short = tokio::select! {
+            () = self.let_all_in(progress, &came) => false,
+            () = interrupt => true,
+        };
         Results {
+            customers: came.into_inner(),
+            cut_short,
             fates: std::array::from_fn(|i| self.fates[i].load(Ordering::Relaxed)),
             latencies_ms: std::mem::take(
                 &mut *self
@@ -148,6 +147,28 @@ impl Shop {
             took: started.elapsed(),
             closed_at: self.ledger.now(),
         }
+    }
+
+    async fn let_all_in(self: &Arc<Self>, progress: &ProgressBar, came: &AtomicU32) {
+        let door = Arc::new(Semaphore::new(self.concurrency as usize));
+        // Dropped in the middle, it ends all that are inside.
+        let mut inside = JoinSet::new();
+        for customer in 0..self.customers {
+            // The door is never closed.
+            let Ok(permit) = Arc::clone(&door).acquire_owned().await else {
+                break;
+            };
+            came.fetch_add(1, Ordering::Relaxed);
+            let shop = Arc::clone(self);
+            let progress = progress.clone();
+            inside.spawn(async move {
+                shop.serve(customer).await;
+                progress.inc(1);
+                drop(permit);
+            });
+            while inside.try_join_next().is_some() {}
+        }
+        while inside.join_next().await.is_some() {}
     }
 
     async fn serve(&self, customer: u32) {

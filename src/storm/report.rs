@@ -3,18 +3,18 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
-    io::Write as _,
 };
 
 use serde::Serialize;
 
+use super::NoVerdict;
 use super::{
     audit::Findings,
     customers::{Results, Shop},
     ledger::{Ledger, Said},
     script::Fate,
 };
-use crate::cli::Failure;
+use crate::cli::{self, Failure, tell};
 
 /// How many customers are named in the table; the JSON names all.
 const NAMED: usize = 10;
@@ -24,19 +24,24 @@ const NAMED: usize = 10;
 pub struct Report {
     seed: u64,
     mark: String,
+    /// How many came.
     customers: u32,
+    /// By Ctrl-C: there were to be more customers, or an audit.
+    cut_short: bool,
     seconds: f64,
     requests_sent: u64,
     requests_by_fate: BTreeMap<&'static str, u64>,
     /// Requests that the service got, the audit's not counted; what came back.
     answers_by_status: BTreeMap<String, u64>,
-    charges_made: usize,
+    /// Null, as are the counts below, where the audit was cut off.
+    charges_made: Option<usize>,
     /// Keys whose first answer reached nobody: the first that came was a replay.
     first_answers_lost: usize,
-    double_charges: usize,
-    lost_charges: usize,
+    double_charges: Option<usize>,
+    lost_charges: Option<usize>,
+    /// Without the audit, those that differed until then.
     differing_answers: usize,
-    unanswered_keys: usize,
+    unanswered_keys: Option<usize>,
     guilty: Guilty,
     /// What the tables say, if they were asked.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -82,10 +87,12 @@ impl Report {
     ) -> Self {
         let names =
             |customers: &BTreeSet<u32>| customers.iter().map(|&n| shop.customer_id(n)).collect();
+        let audited = |count: usize| findings.audited.then_some(count);
         Self {
             seed,
             mark: mark.to_owned(),
-            customers: shop.customers,
+            customers: results.customers,
+            cut_short: results.cut_short || !findings.audited,
             seconds: results.took.as_secs_f64(),
             requests_sent: results.fates.iter().sum(),
             requests_by_fate: Fate::ALL
@@ -93,13 +100,13 @@ impl Report {
                 .map(Fate::name)
                 .zip(results.fates)
                 .collect(),
-            answers_by_status: answers_by_status(shop, ledger, &results),
-            charges_made: findings.charges,
-            first_answers_lost: first_answers_lost(shop, ledger),
-            double_charges: findings.double.len(),
-            lost_charges: findings.lost.len(),
+            answers_by_status: answers_by_status(ledger, &results),
+            charges_made: audited(findings.charges),
+            first_answers_lost: first_answers_lost(ledger, &results),
+            double_charges: audited(findings.double.len()),
+            lost_charges: audited(findings.lost.len()),
             differing_answers: findings.differing.len(),
-            unanswered_keys: findings.unanswered.len(),
+            unanswered_keys: audited(findings.unanswered.len()),
             guilty: Guilty {
                 double_charges: names(&findings.double),
                 lost_charges: names(&findings.lost),
@@ -119,33 +126,48 @@ impl Report {
         } else {
             self.table()
         };
-        Ok(std::io::stdout().write_all(text.as_bytes())?)
+        cli::print(&text)
     }
 
-    /// The one line that decides the exit code.
-    pub fn verdict(&self) -> Result<(), String> {
+    /// What it comes to, in a sentence on standard error; decides the exit code.
+    pub fn verdict(&self) -> Result<(), Failure> {
+        let seed = self.seed;
+        let wrong = self.wrong();
+        if !wrong.is_empty() {
+            return Err(format!("the storm found {wrong} (seed {seed})").into());
+        }
+        let customers = self.customers;
+        let (Some(charges), false) = (self.charges_made, self.cut_short) else {
+            let audited = if self.charges_made.is_some() {
+                "of the customers who came, all have one charge each and one answer"
+            } else {
+                "the charges were not audited"
+            };
+            let why = format!("the storm was cut short after {customers} customers; {audited}");
+            return Err(NoVerdict(why.into()).into());
+        };
+        tell(&format!(
+            "storm: nothing wrong: {customers} customers sent {} requests, {charges} charges were made, one for each of them, and every key still gives its first answer",
+            self.requests_sent
+        ));
+        Ok(())
+    }
+
+    fn wrong(&self) -> String {
         let counts = self.counts();
-        let wrong: Vec<_> = counts
+        let mut wrong: Vec<_> = counts
             .iter()
-            .filter(|(_, count, _)| *count > 0)
-            .map(|(name, count, _)| format!("{count} {name}"))
+            .filter_map(|(name, count, _)| Some((name, count.filter(|&count| count > 0)?)))
+            .map(|(name, count)| format!("{count} {name}"))
             .collect();
         let tables = self.table_findings.as_ref().map_or(0, Vec::len);
-        if wrong.is_empty() && tables == 0 {
-            return Ok(());
-        }
-        let mut line = wrong.join(", ");
         if tables > 0 {
-            let _ = write!(
-                line,
-                "{}{tables} findings in the tables",
-                if line.is_empty() { "" } else { ", " }
-            );
+            wrong.push(format!("{tables} findings in the tables"));
         }
-        Err(format!("the storm found {line} (seed {})", self.seed))
+        wrong.join(", ")
     }
 
-    fn counts(&self) -> [(&'static str, usize, &[String]); 4] {
+    fn counts(&self) -> [(&'static str, Option<usize>, &[String]); 4] {
         [
             (
                 "double charges",
@@ -155,7 +177,7 @@ impl Report {
             ("lost charges", self.lost_charges, &self.guilty.lost_charges),
             (
                 "differing answers",
-                self.differing_answers,
+                Some(self.differing_answers),
                 &self.guilty.differing_answers,
             ),
             (
@@ -173,6 +195,9 @@ impl Report {
         };
         row("seed", self.seed.to_string());
         row("customers", self.customers.to_string());
+        if self.cut_short {
+            row("cut short by Ctrl-C", "yes".to_owned());
+        }
         row("seconds", format!("{:.1}", self.seconds));
         row("requests sent", self.requests_sent.to_string());
         for (fate, count) in &self.requests_by_fate {
@@ -189,7 +214,7 @@ impl Report {
         row("latency p90, ms", format!("{:.1}", self.latency_ms.p90));
         row("latency p99, ms", format!("{:.1}", self.latency_ms.p99));
         row("latency max, ms", format!("{:.1}", self.latency_ms.max));
-        row("charges made", self.charges_made.to_string());
+        row("charges made", known(self.charges_made));
         row("first answers lost", self.first_answers_lost.to_string());
         row("without keys", String::new());
         row("  charges", self.without_keys.charges.to_string());
@@ -202,13 +227,13 @@ impl Report {
             self.without_keys.overcharged.to_string(),
         );
         for (name, count, _) in self.counts() {
-            row(name, count.to_string());
+            row(name, known(count));
         }
         if let Some(findings) = &self.table_findings {
             row("findings in the tables", findings.len().to_string());
         }
         for (name, count, customers) in self.counts() {
-            if count > 0 {
+            if count.is_some_and(|count| count > 0) {
                 let _ = writeln!(out, "{name}: {}", named(customers));
             }
         }
@@ -219,6 +244,10 @@ impl Report {
     }
 }
 
+fn known(count: Option<usize>) -> String {
+    count.map_or_else(|| "not audited".to_owned(), |count| count.to_string())
+}
+
 fn named(customers: &[String]) -> String {
     let mut names = customers[..customers.len().min(NAMED)].join(", ");
     if customers.len() > NAMED {
@@ -227,9 +256,9 @@ fn named(customers: &[String]) -> String {
     names
 }
 
-fn answers_by_status(shop: &Shop, ledger: &Ledger, results: &Results) -> BTreeMap<String, u64> {
+fn answers_by_status(ledger: &Ledger, results: &Results) -> BTreeMap<String, u64> {
     let mut counts = BTreeMap::new();
-    for customer in 0..shop.customers {
+    for customer in 0..results.customers {
         for operation in ledger
             .operations(customer)
             .iter()
@@ -246,7 +275,7 @@ fn answers_by_status(shop: &Shop, ledger: &Ledger, results: &Results) -> BTreeMa
     counts
 }
 
-fn first_answers_lost(shop: &Shop, ledger: &Ledger) -> usize {
+fn first_answers_lost(ledger: &Ledger, results: &Results) -> usize {
     let lost = |customer: &u32| {
         let operations = ledger.operations(*customer);
         let mut answers = operations
@@ -255,7 +284,7 @@ fn first_answers_lost(shop: &Shop, ledger: &Ledger) -> usize {
             .peekable();
         answers.peek().is_some() && answers.all(|answer| answer.replayed)
     };
-    (0..shop.customers).filter(lost).count()
+    (0..results.customers).filter(lost).count()
 }
 
 fn without_keys(shop: &Shop, ledger: &Ledger, results: &Results) -> WithoutKeys {
@@ -264,7 +293,7 @@ fn without_keys(shop: &Shop, ledger: &Ledger, results: &Results) -> WithoutKeys 
         customers_charged_twice: 0,
         overcharged: 0,
     };
-    for customer in 0..shop.customers {
+    for customer in 0..results.customers {
         let script = shop.dice.customer(customer);
         if script.declines {
             continue;
