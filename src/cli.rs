@@ -409,11 +409,14 @@ async fn create_account(name: &str, database: &Database) -> Result<(), Failure> 
         .await?
         .ok_or("the account went away while it was made")?;
     transaction.commit().await?;
+    show_api_key(&format!("account {account_id}"), &api_key)
+}
+
+fn show_api_key(whose: &str, api_key: &ApiKey) -> Result<(), Failure> {
     tell("The API key is shown only now; keep it safe.");
-    print_in_full(&format!(
-        "account {account_id}\napi_key {}\n",
-        api_key.reveal()
-    ))
+    print_in_full(&format!("{whose}\napi_key {}\n", api_key.reveal())).map_err(|error| {
+        format!("made {whose}, but its API key could not be shown and is lost: {error}").into()
+    })
 }
 
 async fn create_api_key(account: AccountId, database: &Database) -> Result<(), Failure> {
@@ -421,11 +424,7 @@ async fn create_api_key(account: AccountId, database: &Database) -> Result<(), F
     let (api_key_id, api_key) = accounts::create_api_key(&mut conn, account)
         .await?
         .ok_or_else(|| format!("there is no account {account}"))?;
-    tell("The API key is shown only now; keep it safe.");
-    print_in_full(&format!(
-        "api_key_id {api_key_id}\napi_key {}\n",
-        api_key.reveal()
-    ))
+    show_api_key(&format!("api_key_id {api_key_id}"), &api_key)
 }
 
 async fn list_api_keys(account: AccountId, database: &Database) -> Result<(), Failure> {

@@ -142,7 +142,7 @@ use tower_service::Service;
 use tracing::{Instrument, error, warn};
 
 use crate::{
-    db::{self, Trouble, describe},
+    db::{self, Trouble, describe, replication},
     error::{Error, Unavailable},
     http::{command::read_body, exchange},
     idempotency::{
@@ -619,6 +619,7 @@ impl Settings {
                         request_id: id,
                         answer: Some(answer),
                         expired: false,
+                        written_by: None,
                     }));
                 }
                 Ok(done.response)
@@ -799,7 +800,7 @@ impl Settings {
             match claims.into_iter().next() {
                 Some(Claimed::Claimed) => {}
                 Some(Claimed::Answered(found)) => {
-                    give_again(session).await?;
+                    give_again(session, &found).await?;
                     return Ok(Some(Got::Row(found)));
                 }
                 Some(Claimed::InUse) | None => {
@@ -904,9 +905,13 @@ struct Environment {
     row_security: String,
 }
 
-/// Ends a transaction that read the answer of another one. Every replay goes
-/// through here before it is given.
-async fn give_again(session: Session) -> Result<(), sqlx::Error> {
+/// Ends a transaction that read the answer of another one. Every replay goes through
+/// here before it is given: where there are synchronous standbys, it waits until one
+/// has what it replays ([`replication`]).
+async fn give_again(mut session: Session, found: &KeyRow) -> Result<(), sqlx::Error> {
+    if found.written_by.is_some() {
+        replication::leave_record(&mut session).await?;
+    }
     session.commit().await
 }
 

@@ -252,7 +252,7 @@ async fn what_is_wrong_with_the_database_url_is_named() {
             "several hosts",
         ),
         (
-            "postgres://u:hunter2@/db?host=127.0.0.1,127.0.0.2",
+            "postgres://u:hunter2@h/db?host=127.0.0.1,127.0.0.2",
             "several hosts",
         ),
         (
@@ -435,11 +435,16 @@ async fn an_api_key_comes_from_the_environment_a_file_or_standard_input(pool: Pg
     }
 }
 
-/// A reader who has seen enough before anything is written.
-fn closed_pipe() -> Stdio {
+/// Runs it for a reader who has seen enough before anything is written.
+async fn unread(command: &mut Command) -> Output {
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
-    writer.into()
+    let child = command
+        .stdout(writer)
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.wait_with_output().await.unwrap()
 }
 
 #[sqlx::test(migrator = "payonce::MIGRATOR")]
@@ -451,30 +456,26 @@ async fn a_reader_that_has_seen_enough_is_no_error(pool: PgPool) {
         &["--help"],
         &["serve", "--help"],
     ] {
-        let output = payonce(arguments)
-            .stdout(closed_pipe())
-            .output()
-            .await
-            .unwrap();
+        let output = unread(&mut payonce(arguments)).await;
         assert!(output.status.success(), "{arguments:?}: {output:?}");
         assert!(output.stderr.is_empty(), "{arguments:?}: {output:?}");
     }
     // Nor is one of what is said beside it.
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
     let status = payonce(&["migrate"])
         .env("DATABASE_URL", url(&pool))
-        .stderr(closed_pipe())
+        .stderr(writer)
         .status()
         .await
         .unwrap();
     assert!(status.success(), "{status:?}");
     // But an API key that nobody has seen is lost.
-    let output = payonce(&["account", "create", "shop"])
-        .env("DATABASE_URL", url(&pool))
-        .stdout(closed_pipe())
-        .output()
-        .await
-        .unwrap();
+    let create = &mut payonce(&["account", "create", "shop"]);
+    let output = unread(create.env("DATABASE_URL", url(&pool))).await;
     assert_eq!(output.status.code(), Some(1), "{output:?}");
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(said.contains("could not be shown and is lost"), "{said}");
 }
 
 #[tokio::test]

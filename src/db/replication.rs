@@ -167,9 +167,19 @@ pub async fn leave_record(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
 /// Any database error; a protocol error if the server warned, and then the
 /// transaction is committed on this server and nothing is known of the standby.
 pub async fn commit(transaction: Transaction<'_, Postgres>) -> Result<(), sqlx::Error> {
+    acknowledged(transaction.commit()).await
+}
+
+/// The same for a COMMIT that is sent by this future.
+///
+/// # Errors
+/// As [`commit`].
+pub async fn acknowledged(
+    commit: impl Future<Output = Result<(), sqlx::Error>>,
+) -> Result<(), sqlx::Error> {
     // sqlx gives a server's warnings to `tracing` and to nobody else. Its event comes
     // while the future is polled, on this thread.
-    let mut commit = pin!(transaction.commit());
+    let mut commit = pin!(commit);
     let mut warned = false;
     std::future::poll_fn(|context| {
         let _watch = dispatcher::set_default(WARNINGS.get_or_init(Warnings::dispatch));

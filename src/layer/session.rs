@@ -14,7 +14,7 @@ use sqlx::{
 use sqlx_core::transaction::TransactionManager;
 use tracing::Instrument;
 
-use crate::db::within;
+use crate::db::{replication, within};
 
 /// How long a COMMIT that nobody waits for any more keeps its place in the pool.
 ///
@@ -50,10 +50,12 @@ impl Session {
         PgTransactionManager::get_transaction_depth(self)
     }
 
-    /// Commits. The COMMIT goes on if this future is dropped.
+    /// Commits. The COMMIT goes on if this future is dropped. One whose wait for a
+    /// standby was cancelled is an error.
     pub(super) async fn commit(mut self) -> Result<(), sqlx::Error> {
         let commit = async move {
-            within(COMMIT_MAX, PgTransactionManager::commit(&mut self)).await?;
+            let commit = PgTransactionManager::commit(&mut self);
+            within(COMMIT_MAX, replication::acknowledged(commit)).await?;
             self.release();
             Ok(())
         };
