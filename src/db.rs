@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use tracing::warn;
 
 pub use check::{Unfit, check, check_migrations, ready};
+pub(crate) use server::CONNECT_TIMEOUT;
 pub use server::{Server, connect, connect_options};
 pub use trouble::{Trouble, describe};
 

@@ -37,7 +37,7 @@ pub(super) const SESSION: &[(&str, &str, bool)] = &[
 ];
 
 /// How long one attempt to connect may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The options for a connection to `url`, without the settings of the service:
 /// a migration, or a command of an operator, may take its time.
