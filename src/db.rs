@@ -19,6 +19,7 @@ use tokio::time::Instant;
 use tracing::warn;
 
 pub use check::{Readiness, Unfit, check, check_layout, check_migrations, check_version, ready};
+pub(crate) use server::CONNECT_TIMEOUT;
 pub use server::{Server, Session, connect};
 pub use trouble::{Trouble, describe};
 pub use url::{UrlError, connect_options, server_name};

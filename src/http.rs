@@ -10,6 +10,7 @@ mod keys;
 pub mod limit;
 pub mod openapi;
 mod page;
+mod pages;
 pub mod params;
 mod refunds;
 
@@ -19,13 +20,12 @@ use axum::{
     Router,
     extract::{Path, rejection::PathRejection},
     http::{StatusCode, header},
-    middleware::{from_fn, map_response},
+    middleware::from_fn,
     response::{IntoResponse, Response},
     routing::{get, post},
 };
 use sqlx::PgPool;
 use tower_http::catch_panic::CatchPanicLayer;
-use utoipa_swagger_ui::{Config, SwaggerUi};
 
 use crate::{
     error::{CATALOGUE, Error, Unavailable},
@@ -105,7 +105,7 @@ pub fn router(app: App) -> Router {
             "/openapi.json",
             get(|| async { json(StatusCode::OK, openapi::DOCUMENT.clone()) }),
         )
-        .merge(pages())
+        .merge(pages::router())
         .merge(error_pages())
         .fallback(|| async { Error::RouteUnknown })
         .method_not_allowed_fallback(|| async { Error::MethodNotAllowed })
@@ -121,18 +121,6 @@ pub fn refusing_router() -> Router {
         .route("/healthz", get(health::live))
         .fallback(|| async { Error::Unavailable(Unavailable::ConnectionsFull) })
         .layer(from_fn(exchange::track))
-}
-
-/// `/docs`: the description as a page to try it on. All of it is in the binary.
-fn pages<S: Clone + Send + Sync + 'static>() -> Router<S> {
-    let page = SwaggerUi::new("/docs").config(Config::from("/openapi.json"));
-    let not_there = |response: Response| async {
-        if response.status() == StatusCode::NOT_FOUND {
-            return Error::RouteUnknown.into_response();
-        }
-        response
-    };
-    Router::from(page).layer(map_response(not_there))
 }
 
 /// The pages that errors point to, for a service that uses the layer.

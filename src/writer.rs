@@ -114,6 +114,8 @@
 mod batch;
 mod change;
 
+pub(crate) use batch::ATTEMPT_TIMEOUT;
+
 use std::{
     collections::{HashMap, hash_map::Entry},
     sync::{Arc, Mutex, PoisonError},

@@ -55,7 +55,10 @@ impl Contract {
         let content = &response["content"][content_type];
         assert!(content.is_object(), "{operation} {status}: {content_type}");
         for name in response["headers"].as_object().unwrap().keys() {
-            let optional = matches!(name.as_str(), "Idempotent-Replayed" | "Retry-After");
+            let optional = matches!(
+                name.as_str(),
+                "Idempotent-Replayed" | "Payonce-Duplicate-Of" | "Retry-After"
+            );
             assert!(
                 optional || reply.headers.contains_key(name),
                 "{operation} {status}: {name}"
@@ -495,6 +498,340 @@ async fn what_charges_can_say(
     assert!(crate::support::count(pool, "charges").await > 10);
 }
 
+/// Whether the description allows this value.
+fn allows(document: &Value, schema: &Value, value: &Value) -> bool {
+    let mut schema = schema.clone();
+    schema["components"] = document["components"].clone();
+    jsonschema::is_valid(&schema, value)
+}
+
+/// The bracketed form of an object, as OpenAPI's `deepObject` writes it.
+fn deep_object(body: &Value, encoding: &Value) -> String {
+    let mut pairs = Vec::new();
+    for (name, value) in body.as_object().unwrap() {
+        let Value::Object(inner) = value else {
+            let text = value
+                .as_str()
+                .map_or_else(|| value.to_string(), str::to_owned);
+            pairs.push(format!("{name}={}", text.replace(' ', "+")));
+            continue;
+        };
+        let how = &encoding[name];
+        assert_eq!(how["style"], "deepObject", "{name} in a form");
+        assert_eq!(how["explode"], true, "{name} in a form");
+        for (key, value) in inner {
+            pairs.push(format!("{name}[{key}]={}", value.as_str().unwrap()));
+        }
+    }
+    pairs.join("&")
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn every_example_is_as_described(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    let contract = Contract::of(&service).await;
+    let mut seen = 0;
+    for operation in contract.operations() {
+        let responses = operation["responses"].as_object().unwrap().values();
+        for described in responses.chain(operation.get("requestBody")) {
+            for content in described["content"].as_object().unwrap().values() {
+                let named = content["examples"].as_object();
+                let examples = named
+                    .into_iter()
+                    .flat_map(|named| named.values().map(|example| &example["value"]))
+                    .chain(content.get("example"));
+                for example in examples {
+                    let id = &operation["operationId"];
+                    assert!(
+                        allows(&contract.document, &content["schema"], example),
+                        "{id}: {example}"
+                    );
+                    seen += 1;
+                }
+            }
+        }
+    }
+    assert!(seen > 100, "{seen}");
+}
+
+/// Whoever tries a POST on the page with what stands there.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn the_first_try_works(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    let contract = Contract::of(&service).await;
+    let mut keys = BTreeSet::new();
+    let paths = contract.document["paths"].as_object().unwrap();
+    for operation in paths.values().filter_map(|path| path.get("post")) {
+        let first = &operation["parameters"][0];
+        assert_eq!(first["name"], "Idempotency-Key");
+        assert_eq!(first["required"], true);
+        assert!(
+            first["description"].as_str().unwrap().contains("KEYLESS"),
+            "where it is not required"
+        );
+        let key = first["example"].as_str().unwrap();
+        assert!(allows(
+            &contract.document,
+            &first["schema"],
+            &first["example"]
+        ));
+        assert!(keys.insert(key), "{key} is another operation's");
+    }
+    let create = &paths["/v1/charges"]["post"];
+    let key = create["parameters"][0]["example"].as_str().unwrap();
+    let content = &create["requestBody"]["content"];
+    let json = &content["application/json"];
+    let tried = service.post("/v1/charges", key).json(&json["example"]);
+    let tried = tried.send().await;
+    assert_eq!(tried.status, 200, "{tried:?}");
+    // As a form it is the same request.
+    let form = &content["application/x-www-form-urlencoded"];
+    let form = deep_object(&form["example"], &form["encoding"]);
+    let again = service.post("/v1/charges", key).form(&form).send().await;
+    assert!(again.is_replayed(), "{again:?}");
+    assert_eq!(again.body, tried.body);
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_key_is_taken_where_its_description_allows_it(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    let contract = Contract::of(&service).await;
+    let schema = &contract.document["paths"]["/v1/charges"]["post"]["parameters"][0]["schema"];
+    let (long, longer) = ("k".repeat(255), "k".repeat(256));
+    let escaped = format!("\"{}\"", "\\\"".repeat(255));
+    for key in [
+        "k",
+        "order_1",
+        "\"order_2\"",
+        "a\"b",
+        "\"a\\\\b\"",
+        &long,
+        &longer,
+        &escaped,
+        &format!("\"{longer}\""),
+        "two words",
+        "\"",
+        "\"\"",
+        "\"a",
+        "\"a\"b\"",
+        "\"a\\b\"",
+        "é",
+    ] {
+        let reply = service.charge(key).send().await;
+        assert_eq!(
+            reply.status == 200,
+            allows(&contract.document, schema, &json!(key)),
+            "{key}: {reply:?}"
+        );
+    }
+}
+
+/// What is sent at a limit is taken, and what is beyond it, or null where none is
+/// allowed, is refused by its name.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn limits_and_nulls_are_as_described(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    let contract = Contract::of(&service).await;
+    let document = &contract.document;
+    let names = |count: usize| -> Value {
+        (0..count)
+            .map(|i| (format!("n{i}"), json!("v")))
+            .collect::<serde_json::Map<_, _>>()
+            .into()
+    };
+    let named = |name: &str, text: &str| {
+        let mut metadata = serde_json::Map::new();
+        metadata.insert(name.to_owned(), json!(text));
+        Value::Object(metadata)
+    };
+    let long = |length: usize| json!("x".repeat(length));
+    let charge = service
+        .post("/v1/charges", "authorised")
+        .json(&json!({"amount": 5000, "currency": "usd", "capture": false}))
+        .send()
+        .await
+        .charge_id();
+    let mut limits = BTreeSet::new();
+    for operation in operations(&service).await {
+        let Some(body) = &operation.body else {
+            continue;
+        };
+        let schema = contract
+            .operations()
+            .into_iter()
+            .find(|described| described["operationId"] == operation.id)
+            .map(|described| &described["requestBody"]["content"]["application/json"]["schema"])
+            .unwrap();
+        let at = schema["$ref"].as_str().unwrap().trim_start_matches('#');
+        let fields = document.pointer(at).unwrap()["properties"]
+            .as_object()
+            .unwrap();
+        for field in fields.keys() {
+            let mut values = vec![Value::Null];
+            match field.as_str() {
+                "amount" => {
+                    values.extend([0, 1, 999_999_999_999, 1_000_000_000_000_i64].map(Value::from))
+                }
+                "customer" | "source" => values.extend([long(0), long(255), long(256)]),
+                "description" => values.extend([long(0), long(1000), long(1001)]),
+                "metadata" => values.extend([
+                    json!(""),
+                    json!("x"),
+                    json!({"a": null}),
+                    json!({"a": ""}),
+                    json!({"": "v"}),
+                    names(50),
+                    names(51),
+                    named(&"n".repeat(40), "v"),
+                    named(&"n".repeat(41), "v"),
+                    named("a[b]", "v"),
+                    named("n", &"v".repeat(500)),
+                    named("n", &"v".repeat(501)),
+                ]),
+                "currency" => values.extend(["usd", "USD", "us", "usdd"].map(Value::from)),
+                "charge" => values.extend([json!(charge), json!("ch_1")]),
+                "reason" => values.extend(["fraudulent", "other"].map(Value::from)),
+                "capture" => values.extend([json!(true), json!("true")]),
+                other => panic!("{other} has limits that nobody tries"),
+            }
+            for (i, value) in values.iter().enumerate() {
+                let mut sent = body.clone();
+                sent[field] = value.clone();
+                let key = format!("{}_{field}_{i}", operation.id);
+                let reply = service.post(&operation.path, &key).json(&sent).send().await;
+                let refused = reply.status == 400
+                    && reply.error_code().starts_with("parameter_")
+                    // That a token is none of Stripe's is not a question of form.
+                    && !(field == "source" && reply.body.contains("test tokens"));
+                let allowed = allows(document, schema, &sent);
+                assert_eq!(!refused, allowed, "{key}: {value} {reply:?}");
+                if refused {
+                    let param = reply.value()["error"]["param"].to_string();
+                    assert!(param.contains(field.as_str()), "{key}: {param}");
+                }
+                limits.insert((operation.id, allowed));
+            }
+        }
+    }
+    assert_eq!(limits.len(), 8, "allowed and refused, of four operations");
+}
+
+/// A list takes what is described of its parameters, and nothing beyond.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn parameters_of_lists_are_as_described(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    let contract = Contract::of(&service).await;
+    let charge = service.charge("order_1").send().await.charge_id();
+    let refund = service
+        .post("/v1/refunds", "refund_1")
+        .json(&json!({"charge": charge, "amount": 1}));
+    let refund = refund.send().await.charge_id();
+    for (path, cursor) in [("/v1/charges", charge), ("/v1/refunds", refund)] {
+        let list = &contract.document["paths"][path]["get"];
+        let described = list["description"].as_str().unwrap();
+        for said in [
+            "`ending_before`",
+            "`created[gte]`",
+            "60 seconds",
+            "feed of events",
+        ] {
+            assert!(described.contains(said), "{path}: {said}");
+        }
+        let parameters = list["parameters"].as_array().unwrap();
+        let mut tried = BTreeSet::new();
+        for (name, inner, values) in [
+            ("limit", None, ["0", "1", "100", "101"]),
+            ("created", None, ["-1", "0", "253402300799", "253402300800"]),
+            (
+                "created",
+                Some("gte"),
+                ["-1", "0", "253402300799", "253402300800"],
+            ),
+            (
+                "created",
+                Some("gt"),
+                ["-1", "0", "253402300799", "253402300800"],
+            ),
+            (
+                "created",
+                Some("lte"),
+                ["-1", "0", "253402300799", "253402300800"],
+            ),
+            (
+                "created",
+                Some("lt"),
+                ["-1", "0", "253402300799", "253402300800"],
+            ),
+            (
+                "created",
+                Some("near"),
+                ["-1", "0", "253402300799", "253402300800"],
+            ),
+            ("starting_after", None, [&*cursor, "x", "ch_", "re_"]),
+            ("ending_before", None, [&*cursor, "x", "ch_", "re_"]),
+        ] {
+            let parameter = parameters
+                .iter()
+                .find(|parameter| parameter["name"] == name)
+                .unwrap_or_else(|| panic!("{path} does not tell of {name}"));
+            tried.insert(name);
+            for value in values {
+                let typed = value.parse::<i64>().map_or(json!(value), Value::from);
+                let (query, sent) = match inner {
+                    None => (format!("{name}={value}"), typed),
+                    Some(inner) => {
+                        assert_eq!(parameter["style"], "deepObject");
+                        assert_eq!(parameter["explode"], true);
+                        (format!("{name}[{inner}]={value}"), json!({ inner: typed }))
+                    }
+                };
+                let reply = service.get(&format!("{path}?{query}")).send().await;
+                assert_eq!(
+                    reply.status == 200,
+                    allows(&contract.document, &parameter["schema"], &sent),
+                    "{path}?{query}: {reply:?}"
+                );
+            }
+        }
+        let others: Vec<_> = parameters
+            .iter()
+            .map(|parameter| parameter["name"].as_str().unwrap())
+            .filter(|name| !tried.contains(name))
+            .collect();
+        assert!(others == ["customer"] || others == ["charge"], "{others:?}");
+    }
+}
+
+/// How the description says to poll: what is committed late is missed by
+/// `ending_before`, and found by the overlap.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn polling_with_an_overlap_finds_what_commits_late(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    let first = service.charge("first").send().await.charge_id();
+    // Its id is given out now, and its transaction commits after the next one's.
+    let late = crate::support::command(service.account_id, "late");
+    let newest = service.charge("newest").send().await.value();
+    let mut conn = pool.acquire().await.unwrap();
+    payonce::charges::claim_and_insert(&mut conn, &[&late])
+        .await
+        .unwrap();
+    let late = late.charge.id.to_string();
+
+    let ids = async |query: String| -> BTreeSet<String> {
+        let page = service.get(&format!("/v1/charges?{query}")).send().await;
+        let page = page.value();
+        let charges = page["data"].as_array().unwrap().iter();
+        charges
+            .map(|charge| charge["id"].as_str().unwrap().to_owned())
+            .collect()
+    };
+    let id = newest["id"].as_str().unwrap();
+    assert!(!ids(format!("ending_before={id}")).await.contains(&late));
+    let since = newest["created"].as_i64().unwrap() - 60;
+    let polled = ids(format!("created[gte]={since}&limit=100")).await;
+    assert_eq!(polled, BTreeSet::from([first, late, id.to_owned()]));
+}
+
 #[sqlx::test(migrator = "payonce::MIGRATOR")]
 async fn the_page_comes_from_the_binary(pool: PgPool) {
     let service = Service::start(&pool).await;
@@ -516,9 +853,78 @@ async fn the_page_comes_from_the_binary(pool: PgPool) {
             assert!(asset.body.contains("/openapi.json"), "{}", asset.body);
         }
     }
-    service
-        .stranger("GET", "/docs/nothing.js")
+    assert!(page.body.contains("<title>payonce"), "{}", page.body);
+    for path in ["/docs/nothing.js", "/docs/%ff", "/docs/a/%ff"] {
+        let reply = service.stranger("GET", path).send().await;
+        reply.assert_error(404, "route_unknown");
+        assert_eq!(reply.headers["content-type"], "application/problem+json");
+    }
+}
+
+/// An API key is typed into it, so nobody else's code, frame or form comes near.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn the_pages_take_nothing_from_elsewhere(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    for path in [
+        "/",
+        "/docs/",
+        "/docs/index.html",
+        "/docs/swagger-ui-bundle.js",
+    ] {
+        let page = service.stranger("GET", path).send().await;
+        assert_eq!(page.status, 200, "{path}");
+        let policy = page.headers["content-security-policy"].to_str().unwrap();
+        for part in [
+            "default-src 'none'",
+            "connect-src 'self'",
+            "frame-ancestors 'none'",
+        ] {
+            assert!(policy.contains(part), "{path}: {policy}");
+        }
+        for loose in ["unsafe", "http", "*"] {
+            assert!(!policy.contains(loose), "{path}: {policy}");
+        }
+        assert_eq!(page.headers["x-frame-options"], "DENY");
+        assert_eq!(page.headers["referrer-policy"], "no-referrer");
+    }
+    // Its default is a validator on the Internet, wherever the page is not on
+    // localhost.
+    let config = service
+        .stranger("GET", "/docs/swagger-initializer.js")
         .send()
-        .await
-        .assert_error(404, "route_unknown");
+        .await;
+    assert!(
+        config.body.contains("\"validatorUrl\": \"none\""),
+        "{}",
+        config.body
+    );
+    for path in [
+        "/docs/",
+        "/openapi.json",
+        "/healthz",
+        "/v1/nothing",
+        "/errors/internal",
+    ] {
+        let reply = service.stranger("GET", path).send().await;
+        assert_eq!(reply.headers["x-content-type-options"], "nosniff", "{path}");
+    }
+}
+
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn the_address_itself_says_where_to_go(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    let index = service.stranger("GET", "/").send().await;
+    assert_eq!(index.status, 200);
+    assert_eq!(index.headers["content-type"], "text/html; charset=utf-8");
+    let links: Vec<_> = index
+        .body
+        .split("href=\"")
+        .skip(1)
+        .map(|rest| format!("/{}", rest.split('"').next().unwrap()))
+        .collect();
+    assert_eq!(links, ["/docs/", "/openapi.json", "/healthz", "/readyz"]);
+    for link in links {
+        let reply = service.stranger("GET", &link).send().await;
+        assert_eq!(reply.status, 200, "{link}");
+    }
 }

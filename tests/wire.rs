@@ -84,11 +84,13 @@ async fn odd_requests_are_answered_in_the_one_shape(pool: PgPool) {
     is_problem(&answer, 400, "idempotency_key_invalid");
 
     for (method, path, status, code) in [
-        ("GET", "/", 404, "route_unknown"),
+        ("GET", "/nothing", 404, "route_unknown"),
         ("GET", "/v1", 404, "route_unknown"),
         ("POST", "/v1/charges/x/y/z", 404, "route_unknown"),
         ("GET", "/%00", 404, "route_unknown"),
         ("GET", "/errors/%ff", 404, "route_unknown"),
+        ("GET", "/docs/%ff", 404, "route_unknown"),
+        ("POST", "/", 405, "method_not_allowed"),
         ("DELETE", "/v1/charges", 405, "method_not_allowed"),
         ("BREW", "/v1/refunds", 405, "method_not_allowed"),
         ("PUT", "/openapi.json", 405, "method_not_allowed"),

@@ -43,7 +43,7 @@ pub(super) const SESSION: &[(&str, &str, bool)] = &[
 ];
 
 /// How long one attempt to connect may take.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// One connection, or an error within two seconds.
 ///

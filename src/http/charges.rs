@@ -29,9 +29,9 @@ use crate::{
     writer::{self, Reply},
 };
 
-const CUSTOMER_MAX: usize = 255;
-const SOURCE_MAX: usize = 255;
-const DESCRIPTION_MAX: usize = 1000;
+pub(super) const CUSTOMER_MAX: usize = 255;
+pub(super) const SOURCE_MAX: usize = 255;
+pub(super) const DESCRIPTION_MAX: usize = 1000;
 
 impl FromParams for ChargeRequest {
     fn from_params(params: &mut Params) -> Result<Self, BadParameter> {

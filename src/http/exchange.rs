@@ -18,7 +18,7 @@ use crate::{error::Error, ids::RequestId};
 /// How long after its arrival a request is still worked for, whatever it meets
 /// on its way: an API key to be looked up, a body that comes slowly, a database
 /// that is away.
-const DEADLINE: Duration = Duration::from_secs(10);
+pub(super) const DEADLINE: Duration = Duration::from_secs(10);
 
 /// What is known of an exchange before anything was read of it.
 #[derive(Debug, Clone, Copy)]
@@ -76,6 +76,10 @@ pub(super) async fn track(mut request: Request, next: Next) -> Response {
     if let Ok(value) = HeaderValue::from_str(&id.to_string()) {
         response.headers_mut().insert("request-id", value);
     }
+    response.headers_mut().insert(
+        header::X_CONTENT_TYPE_OPTIONS,
+        HeaderValue::from_static("nosniff"),
+    );
     debug!(
         request_id = %id,
         %method,

@@ -10,17 +10,26 @@ use utoipa::{
         Components, ComponentsBuilder, Content, ContentBuilder, Header, HttpMethod, Info,
         InfoBuilder, License, OpenApi, OpenApiBuilder, Paths, Ref, RefOr, Required, Response,
         ResponseBuilder, Schema,
-        path::{Operation, OperationBuilder, Parameter, ParameterBuilder, ParameterIn},
+        encoding::EncodingBuilder,
+        path::{
+            Operation, OperationBuilder, Parameter, ParameterBuilder, ParameterIn, ParameterStyle,
+        },
         request_body::{RequestBody, RequestBodyBuilder},
         security::{HttpAuthScheme, HttpBuilder, SecurityRequirement, SecurityScheme},
     },
 };
 
-use super::keys;
+use super::{
+    charges::{CUSTOMER_MAX, DESCRIPTION_MAX, SOURCE_MAX},
+    keys,
+    page::{LIMIT_DEFAULT, LIMIT_MAX, POLLING_OVERLAP, SECOND_MAX},
+    params::{METADATA_KEY_MAX, METADATA_VALUE_MAX},
+};
 use crate::{
     changes::CaptureRequest,
-    charges::{self, ChargeRequest, ChargeUpdate},
+    charges::{self, ChargeRequest, ChargeUpdate, METADATA_ENTRIES_MAX},
     error::{CATALOGUE, Entry, Problem, Retry, StripeError},
+    idempotency::KEY_MAX,
     ids::{AccountId, ApiKeyId, ChargeId, RefundId, RequestId},
     money::{AMOUNT_MAX, Amount, Currency},
     refunds::{self, Reason, RefundRequest},
@@ -58,6 +67,65 @@ fn id(prefix: &str) -> Value {
         "pattern": format!("^{prefix}_[0-9a-f]{{32}}$"),
         "examples": [format!("{prefix}_01a20d6e5ab775f2a7b8c2c1d57f3b1e")],
     })
+}
+
+/// A text of 1 to `max` characters, or null where there is none.
+fn text_or_null(max: usize) -> Value {
+    json!({"type": ["string", "null"], "minLength": 1, "maxLength": max})
+}
+
+/// An idempotency key as it is sent: bare, or as a quoted string.
+fn key_schema() -> Value {
+    let pattern = format!(
+        r#"^([!#-~][!-~]{{0,{}}}|"([!#-\[\]-~]|\\["\\]){{1,{KEY_MAX}}}")$"#,
+        KEY_MAX - 1
+    );
+    // A quoted string may escape every character.
+    json!({"type": "string", "minLength": 1, "maxLength": 2 * KEY_MAX + 2, "pattern": pattern})
+}
+
+/// Metadata as it is sent. JSON's null is the same as nothing, and so is an empty
+/// text, as Stripe's clients write it.
+fn metadata_sent() -> Value {
+    json!({
+        "type": ["object", "string", "null"],
+        "maxLength": 0,
+        "maxProperties": METADATA_ENTRIES_MAX,
+        "propertyNames": {"type": "string", "minLength": 1, "maxLength": METADATA_KEY_MAX, "pattern": r"^[^\[\]]+$"},
+        "additionalProperties": {"type": ["string", "null"], "maxLength": METADATA_VALUE_MAX},
+    })
+}
+
+/// Metadata as it stands in an answer.
+fn metadata_kept() -> Value {
+    json!({
+        "maxProperties": METADATA_ENTRIES_MAX,
+        "propertyNames": {"type": "string", "minLength": 1, "maxLength": METADATA_KEY_MAX},
+        "additionalProperties": {"type": "string", "minLength": 1, "maxLength": METADATA_VALUE_MAX},
+    })
+}
+
+/// What the types do not say of their fields: limits, and where null may stand. Each
+/// is set in the field's own schema.
+fn limited(of: RefOr<Schema>, limits: &[(&str, Value)]) -> RefOr<Schema> {
+    let mut of = serde_json::to_value(of).expect("a schema is plain data");
+    for (field, limits) in limits {
+        let field = of["properties"][field]
+            .as_object_mut()
+            .unwrap_or_else(|| panic!("there is no field {field}"));
+        if limits.get("$ref").is_some() {
+            field.remove("oneOf");
+        }
+        for (name, limit) in limits.as_object().expect("limits are an object") {
+            field.insert(name.clone(), limit.clone());
+        }
+    }
+    schema(of)
+}
+
+/// A field that always says the same, or one of these.
+fn one_of(words: &[&str]) -> Value {
+    json!({"enum": words})
 }
 
 text_schema! {
@@ -117,7 +185,7 @@ const OF_CHANGES: &[&str] = &[
 fn described() -> Vec<Described> {
     let charge_lists = vec![query(
         "customer",
-        json!({"type": "string", "maxLength": 255}),
+        json!({"type": "string", "minLength": 1, "maxLength": CUSTOMER_MAX}),
         "Of this customer.",
     )];
     let refund_lists = vec![query("charge", id("ch"), "Of this charge.")];
@@ -156,7 +224,7 @@ fn described() -> Vec<Described> {
             summary: "List charges, newest first",
             request: None,
             answer: "Charge",
-            query: list_parameters(charge_lists),
+            query: list_parameters("ch", charge_lists),
             codes: &[
                 "parameter_invalid",
                 "parameter_invalid_empty",
@@ -235,7 +303,7 @@ fn described() -> Vec<Described> {
             summary: "List refunds, newest first",
             request: None,
             answer: "Refund",
-            query: list_parameters(refund_lists),
+            query: list_parameters("re", refund_lists),
             codes: &[
                 "parameter_invalid",
                 "parameter_invalid_empty",
@@ -286,38 +354,64 @@ fn header(name: &str, schema_of: Value, about: &str) -> Parameter {
         .build()
 }
 
-fn list_parameters(own: Vec<Parameter>) -> Vec<Parameter> {
-    let second = json!({"type": "integer", "format": "int64", "minimum": 0});
-    let limit = json!({"type": "integer", "minimum": 1, "maximum": 100, "default": 10});
-    let cursor = json!({"type": "string"});
+fn list_parameters(prefix: &str, own: Vec<Parameter>) -> Vec<Parameter> {
+    let second = |about: &str| json!({"type": "integer", "format": "int64", "minimum": 0, "maximum": SECOND_MAX, "description": about});
+    let limit =
+        json!({"type": "integer", "minimum": 1, "maximum": LIMIT_MAX, "default": LIMIT_DEFAULT});
+    let created = json!({"anyOf": [
+        {
+            "type": "object",
+            "additionalProperties": false,
+            "properties": {
+                "gte": second("In this second or later."),
+                "gt": second("Later."),
+                "lte": second("In this second or earlier."),
+                "lt": second("Earlier."),
+            },
+        },
+        second("In this second."),
+    ]});
     let mut parameters = own;
     parameters.extend([
         query("limit", limit, "How many."),
         query(
             "starting_after",
-            cursor.clone(),
+            id(prefix),
             "The id of the last one of the page before.",
         ),
         query(
             "ending_before",
-            cursor,
-            "The id of the first one of the page after.",
+            id(prefix),
+            "The id of the first one of the page after. Not to be combined with starting_after.",
         ),
-        query(
+        parameter(
             "created",
-            second.clone(),
-            "Made in this second (since 1970).",
-        ),
+            ParameterIn::Query,
+            created,
+            "When it was made, in seconds since 1970: a second, or bounds such as created[gte]=1790000000.",
+        )
+        .required(Required::False)
+        .style(Some(ParameterStyle::DeepObject))
+        .explode(Some(true))
+        .build(),
     ]);
-    for (bound, about) in [
-        ("gte", "Made in this second or later."),
-        ("gt", "Made later."),
-        ("lte", "Made in this second or earlier."),
-        ("lt", "Made earlier."),
-    ] {
-        parameters.push(query(&format!("created[{bound}]"), second.clone(), about));
-    }
     parameters
+}
+
+/// Of a list.
+fn list_description() -> String {
+    format!(
+        "Newest first, by id. What is made meanwhile does not shift the pages.\n\n\
+        **To poll for what is new**, do not rely on `ending_before` alone: ids and `created` are \
+        given out when a request arrives, and what it makes can be read once its transaction has \
+        been committed, mostly milliseconds and at worst some 20 seconds later. By then newer \
+        ones may have been listed, and `ending_before` misses it. Ask for `created[gte]` of the \
+        `created` of the newest one seen minus {overlap} seconds, page to the end, and drop by \
+        id what you have. The {overlap} seconds include clocks of replicas that differ by up to \
+        half a minute; where a synchronous standby is away, a COMMIT takes as long as it is. A \
+        feed of events is to replace polling.",
+        overlap = POLLING_OVERLAP.as_secs(),
+    )
 }
 
 impl Described {
@@ -326,24 +420,38 @@ impl Described {
         let mut operation = OperationBuilder::new()
             .operation_id(Some(self.id))
             .summary(Some(self.summary));
-        for name in ["id", "key"] {
+        if self.is_list() {
+            operation = operation.description(Some(list_description()));
+        }
+        if changes {
+            let key = parameter(
+                "Idempotency-Key",
+                ParameterIn::Header,
+                key_schema(),
+                "Names the operation: the same for every try of it, and another for every other one. 1 to 255 visible ASCII characters, bare or as a quoted string. (A service that was started with KEYLESS=fingerprint takes requests without it, too.)",
+            );
+            operation = operation.parameter(
+                key.required(Required::True)
+                    .example(Some(json!(format!("try_{}_1", self.id))))
+                    .build(),
+            );
+        }
+        for (name, of) in [("id", self.id_in_path()), ("key", key_schema())] {
             if self.path.contains(&format!("{{{name}}}")) {
-                let place = parameter(name, ParameterIn::Path, json!({"type": "string"}), "Which.");
-                operation = operation.parameter(place.required(Required::True));
+                let place = parameter(name, ParameterIn::Path, of, "Which.");
+                operation = operation.parameter(place.required(Required::True).build());
             }
         }
         for parameter in &self.query {
             operation = operation.parameter(parameter.clone());
         }
         if changes {
-            let key = json!({"type": "string", "minLength": 1, "maxLength": 257});
             operation = operation
-                .parameter(
-                    header("Idempotency-Key", key, "Names the operation: the same for every try of it. 1 to 255 visible ASCII characters, bare or as a quoted string."),
-                )
-                .parameter(
-                    header("Prefer", json!({"type": "string", "examples": ["wait=5"]}), "wait=N: how many seconds to wait if the key is in use, up to 10."),
-                )
+                .parameter(header(
+                    "Prefer",
+                    json!({"type": "string", "examples": ["wait=5"]}),
+                    "wait=N: how many seconds to wait if the key is in use, up to 10.",
+                ))
                 .request_body(self.request_body());
         }
         operation = operation.response("200", self.answered(changes));
@@ -353,24 +461,41 @@ impl Described {
         operation.build()
     }
 
+    fn is_list(&self) -> bool {
+        self.request.is_none() && !self.path.contains('{')
+    }
+
+    fn id_in_path(&self) -> Value {
+        id(if self.path.starts_with("/v1/refunds") {
+            "re"
+        } else {
+            "ch"
+        })
+    }
+
     fn request_body(&self) -> Option<RequestBody> {
         let (name, example) = self.request.as_ref()?;
         let content = || {
             ContentBuilder::new()
                 .schema(Some(Ref::from_schema_name(*name)))
                 .example(Some(example.clone()))
-                .build()
         };
+        let mut form = content();
+        if *name != "CaptureRequest" {
+            let brackets = EncodingBuilder::new()
+                .style(Some(ParameterStyle::DeepObject))
+                .explode(Some(true));
+            form = form.encoding("metadata", brackets.build());
+        }
         let body = RequestBodyBuilder::new()
             .description(Some("At most 65,536 bytes. As a form, what is inside of something is named in brackets: metadata[order]=12345."))
-            .content("application/json", content())
-            .content("application/x-www-form-urlencoded", content());
+            .content("application/json", content().build())
+            .content("application/x-www-form-urlencoded", form.build());
         Some(body.build())
     }
 
     fn answered(&self, changes: bool) -> Response {
-        let is_list = !changes && !self.path.contains('{');
-        let name = if is_list {
+        let name = if self.is_list() {
             format!("{}List", self.answer)
         } else {
             self.answer.to_owned()
@@ -384,6 +509,12 @@ impl Described {
             answer = answer.header(
                 "Idempotent-Replayed",
                 text_header("true: this is the first answer again."),
+            );
+        }
+        if self.id == "createCharge" {
+            answer = answer.header(
+                "Payonce-Duplicate-Of",
+                text_header("The charge that this one looks like, which was made just before under another key. Stands in replays too, as long as the answer is kept."),
             );
         }
         answer.build()
@@ -455,6 +586,48 @@ fn list_schema(of: &str) -> RefOr<Schema> {
     }))
 }
 
+fn charge_schema() -> RefOr<Schema> {
+    let money = || json!({"minimum": 0, "maximum": AMOUNT_MAX});
+    limited(
+        charges::Wire::schema(),
+        &[
+            ("object", one_of(&["charge"])),
+            ("status", one_of(&["pending", "succeeded", "failed"])),
+            ("amount_captured", money()),
+            ("amount_refunded", money()),
+            ("customer", text_or_null(CUSTOMER_MAX)),
+            ("source", text_or_null(SOURCE_MAX)),
+            ("description", text_or_null(DESCRIPTION_MAX)),
+            ("metadata", metadata_kept()),
+        ],
+    )
+}
+
+fn idempotency_key_schema() -> RefOr<Schema> {
+    limited(
+        keys::Wire::schema(),
+        &[
+            ("object", one_of(&["idempotency_key"])),
+            ("state", one_of(&["in_progress", "answered"])),
+            ("key", json!({"minLength": 1, "maxLength": KEY_MAX})),
+            ("response_status", json!({"minimum": 200, "maximum": 599})),
+        ],
+    )
+}
+
+/// What is not known is left out of it, and never null.
+fn problem_schema() -> RefOr<Schema> {
+    let request = Ref::from_schema_name("RequestId").ref_location;
+    limited(
+        Problem::schema(),
+        &[
+            ("status", json!({"minimum": 400, "maximum": 599})),
+            ("differs", json!({"type": "array"})),
+            ("original_request_id", json!({"$ref": request})),
+        ],
+    )
+}
+
 fn components() -> Components {
     ComponentsBuilder::new()
         .schema("Amount", Amount::schema())
@@ -463,17 +636,51 @@ fn components() -> Components {
         .schema("RefundId", RefundId::schema())
         .schema("RequestId", RequestId::schema())
         .schema("Reason", Reason::schema())
-        .schema("Charge", charges::Wire::schema())
+        .schema("Charge", charge_schema())
         .schema("WireOutcome", charges::WireOutcome::schema())
         .schema("ChargeList", list_schema("Charge"))
-        .schema("Refund", refunds::Wire::schema())
+        .schema(
+            "Refund",
+            limited(
+                refunds::Wire::schema(),
+                &[
+                    ("object", one_of(&["refund"])),
+                    ("status", one_of(&["succeeded"])),
+                    ("metadata", metadata_kept()),
+                ],
+            ),
+        )
         .schema("RefundList", list_schema("Refund"))
-        .schema("IdempotencyKey", keys::Wire::schema())
-        .schema("ChargeRequest", ChargeRequest::schema())
-        .schema("ChargeUpdate", ChargeUpdate::schema())
+        .schema("IdempotencyKey", idempotency_key_schema())
+        .schema(
+            "ChargeRequest",
+            limited(
+                ChargeRequest::schema(),
+                &[
+                    ("customer", text_or_null(CUSTOMER_MAX)),
+                    ("source", text_or_null(SOURCE_MAX)),
+                    ("description", text_or_null(DESCRIPTION_MAX)),
+                    ("metadata", metadata_sent()),
+                    ("capture", json!({"type": ["boolean", "null"]})),
+                ],
+            ),
+        )
+        .schema(
+            "ChargeUpdate",
+            limited(
+                ChargeUpdate::schema(),
+                &[
+                    ("description", json!({"maxLength": DESCRIPTION_MAX})),
+                    ("metadata", metadata_sent()),
+                ],
+            ),
+        )
         .schema("CaptureRequest", CaptureRequest::schema())
-        .schema("RefundRequest", RefundRequest::schema())
-        .schema("Problem", Problem::schema())
+        .schema(
+            "RefundRequest",
+            limited(RefundRequest::schema(), &[("metadata", metadata_sent())]),
+        )
+        .schema("Problem", problem_schema())
         .schema("Retry", Retry::schema())
         .schema("StripeError", StripeError::schema())
         .security_scheme(
@@ -499,7 +706,7 @@ fn info() -> Info {
         .title("payonce")
         .version(env!("CARGO_PKG_VERSION"))
         .description(Some(
-            "Payments that happen once, however often they are asked for. Every POST carries an Idempotency-Key; whoever asks again with it gets the first answer.",
+            "Payments that happen once, however often they are asked for. Every POST carries an Idempotency-Key; whoever asks again with it gets the first answer.\n\nTo try it on the page at /docs: press Authorize and give the API key (`make run` keeps the demo account's in .dev/demo.env), then Try it out at an operation.",
         ))
         .license(Some(license))
         .build()

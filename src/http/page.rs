@@ -1,23 +1,55 @@
 //! Lists, as Stripe's clients ask for them and page through them.
 
-use std::{fmt::Display, str::FromStr};
+use std::{fmt::Display, str::FromStr, time::Duration};
 
 use axum::{http::StatusCode, response::Response};
 use serde::Serialize;
 use uuid::Uuid;
 
 use super::{
+    exchange::DEADLINE,
     json,
     params::{Nested, Params, not_allowed},
 };
 use crate::{
+    db::CONNECT_TIMEOUT,
     error::{BadParameter, Error},
     ids::first_of,
     page::{From, Page},
+    writer::ATTEMPT_TIMEOUT,
 };
 
-const LIMIT_MAX: i64 = 100;
-const LIMIT_DEFAULT: i64 = 10;
+/// The longest page.
+pub(super) const LIMIT_MAX: i64 = 100;
+/// Of a page, where the request does not say.
+pub(super) const LIMIT_DEFAULT: i64 = 10;
+
+/// The last second of the year 9999.
+pub(super) const SECOND_MAX: i64 = 253_402_300_799;
+
+/// How far a client that polls lists has to look back behind the newest one that it
+/// has seen. Ids, and `created` with them, are given out before the transaction, so
+/// what is committed late appears between what was read before.
+///
+/// A request lives for [`DEADLINE`]. Just before, a last attempt may begin: it
+/// connects, and runs. If the process stands still in its middle, the server waits
+/// for [`IDLE_TIMEOUT`] before it ends the transaction. That makes 21 seconds to the
+/// COMMIT. The rest is for the COMMIT itself, and for replicas whose clocks differ.
+/// A COMMIT that waits for a synchronous standby has no limit, and a list that shows
+/// its charge comes as late.
+pub(super) const POLLING_OVERLAP: Duration = Duration::from_mins(1);
+
+/// The sessions' `idle_in_transaction_session_timeout`.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(5);
+
+const _: () = assert!(
+    2 * (DEADLINE.as_secs()
+        + CONNECT_TIMEOUT.as_secs()
+        + ATTEMPT_TIMEOUT.as_secs()
+        + IDLE_TIMEOUT.as_secs())
+        <= POLLING_OVERLAP.as_secs(),
+    "half of the overlap has to be enough for a request that commits as late as it can"
+);
 
 /// What a request for a list asks for, before its cursor was looked up.
 pub(super) struct Asked<Id> {
@@ -82,8 +114,6 @@ impl<Id: FromStr + Copy + Display> Asked<Id> {
 /// The ids between which everything was made that `created` asks for. Ids carry
 /// the time of what they name, so a bound on time is one on ids.
 fn created(params: &mut Params) -> Result<(Option<Uuid>, Option<Uuid>), BadParameter> {
-    // The last second of the year 9999.
-    const SECOND_MAX: i64 = 253_402_300_799;
     let first = |second: i64| first_of(second.cast_unsigned());
     let mut inner = match params.nested("created")? {
         None => return Ok((None, None)),

@@ -340,8 +340,8 @@ impl Params {
     }
 }
 
-const METADATA_KEY_MAX: usize = 40;
-const METADATA_VALUE_MAX: usize = 500;
+pub(super) const METADATA_KEY_MAX: usize = 40;
+pub(super) const METADATA_VALUE_MAX: usize = 500;
 
 /// The error for a required parameter that is not there.
 #[must_use]

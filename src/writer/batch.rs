@@ -28,7 +28,7 @@ use crate::{
 /// How long one attempt at a batch may take. More than the server's
 /// `statement_timeout`, so that a slow statement is told from a dead connection,
 /// and short enough for a second attempt within a request's deadline.
-const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(4);
+pub(crate) const ATTEMPT_TIMEOUT: Duration = Duration::from_secs(4);
 
 /// A batch takes no more commands once those it has come to so many bytes: two
 /// hundred times what a usual charge needs, and a quarter of a second on a slow
