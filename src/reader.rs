@@ -9,7 +9,11 @@
 //! A read changes nothing, so it is done again after whatever passes, until the
 //! deadline of who asked. The queue is bounded: who finds it full is told so at once.
 
-use std::{collections::HashMap, sync::Arc};
+use std::{
+    collections::{HashMap, VecDeque},
+    io::ErrorKind,
+    sync::Arc,
+};
 
 use sqlx::PgConnection;
 use tokio::{
@@ -131,43 +135,48 @@ impl Task {
     }
 
     /// Answers all of them, whatever comes.
-    async fn answer(&mut self, mut batch: Vec<Question>) {
+    async fn answer(&mut self, batch: Vec<Question>) {
         let mut pauses = backoff();
-        loop {
-            batch.retain(|question| !question.tell.is_closed());
-            if batch.is_empty() {
-                return;
+        let mut parts = VecDeque::from([batch]);
+        while let Some(mut part) = parts.pop_front() {
+            part.retain(|question| !question.tell.is_closed());
+            if part.is_empty() {
+                continue;
             }
-            let error = match self.attempt(&batch).await {
+            let error = match self.attempt(&part).await {
                 Ok(found) => {
-                    for question in batch {
+                    for question in part {
                         // Not taken out: others may ask for the same one. Whoever
                         // hung up does not listen.
                         let charge = found.get(&question.id).cloned();
                         let _ = question.tell.send(Ok(charge));
                     }
-                    return;
+                    continue;
                 }
                 Err(error) => error,
             };
             let trouble = Trouble::of(&error);
-            warn!(error = %describe(&error), ?trouble, batch_len = batch.len(), "a read failed");
-            // A row that cannot be read is nobody else's trouble.
-            if trouble == Trouble::Refused && batch.len() > 1 {
-                for question in batch {
-                    Box::pin(self.answer(vec![question])).await;
-                }
-                return;
+            warn!(error = %describe(&error), ?trouble, batch_len = part.len(), "a read failed");
+            if part.len() > 1 && trouble == Trouble::Refused {
+                // A row that cannot be read is nobody else's trouble.
+                parts.extend(part.into_iter().map(|question| vec![question]));
+                continue;
             }
             if !trouble.passes_for_a_read() {
-                give_up(batch, trouble);
-                return;
+                give_up(part, trouble);
+                continue;
             }
             let pause = pauses.next().unwrap_or_default();
             let then = Instant::now() + pause;
-            let (late, rest) = batch.into_iter().partition(|q| q.deadline <= then);
+            let (late, mut rest): (Vec<_>, Vec<_>) =
+                part.into_iter().partition(|q| q.deadline <= then);
             give_up(late, trouble);
-            batch = rest;
+            if rest.len() > 1 && took_too_long(&error) {
+                // All of it may be too much for the network in the time of a read.
+                let second = rest.split_off(rest.len() / 2);
+                parts.push_back(second);
+            }
+            parts.push_back(rest);
             tokio::time::sleep(pause).await;
         }
     }
@@ -197,6 +206,13 @@ impl Task {
         // Kept only after what went well: anything else may have left it in doubt.
         self.conn = Some(conn);
         Ok(found)
+    }
+}
+
+fn took_too_long(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Io(error) => error.kind() == ErrorKind::TimedOut,
+        error => Trouble::of(error) == Trouble::TimedOut,
     }
 }
 

@@ -101,3 +101,39 @@ async fn a_batch_that_takes_too_long_is_halved(pool: PgPool) {
     }
     assert_eq!(service.count_charges().await, 7);
 }
+
+/// So is a read of many charges.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_read_that_takes_too_long_is_halved(pool: PgPool) {
+    let proxy = Proxy::to(&pool).await;
+    let service = Service::start(&pool).await.behind(&proxy);
+    let mut paths = Vec::new();
+    for i in 0..5 {
+        let reply = large(&service, &format!("large_{i}")).send().await;
+        paths.push(format!("/v1/charges/{}", reply.charge_id()));
+    }
+    // Both reading tasks are at work.
+    let blocker = pool
+        .begin_with("begin; lock table charges in access exclusive mode")
+        .await
+        .unwrap();
+    let first = [0, 1].map(|i| tokio::spawn(service.get(&paths[i]).send()));
+    crate::support::are_blocked(&pool, 2).await;
+    // The others wait for them in one queue.
+    let mut reads: Vec<_> = paths
+        .iter()
+        .map(|path| Box::pin(service.get(path).send()))
+        .collect();
+    for read in &mut reads {
+        assert!(futures::poll!(read).is_pending());
+    }
+    // Room for three of them.
+    proxy.choke_on_answers(200_000);
+    blocker.rollback().await.unwrap();
+    for reply in join_all(reads).await {
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+    for read in first {
+        assert_eq!(read.await.unwrap().status, 200);
+    }
+}

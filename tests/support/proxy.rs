@@ -41,6 +41,7 @@ pub struct Proxy {
     commits_to_lose: Arc<AtomicUsize>,
     committed_first: Arc<AtomicBool>,
     transaction_bytes_max: Arc<AtomicUsize>,
+    answer_bytes_max: Arc<AtomicUsize>,
 }
 
 impl Proxy {
@@ -55,12 +56,16 @@ impl Proxy {
             commits_to_lose: Arc::default(),
             committed_first: Arc::default(),
             transaction_bytes_max: Arc::new(AtomicUsize::new(usize::MAX)),
+            answer_bytes_max: Arc::new(AtomicUsize::new(usize::MAX)),
         };
         let (network, to_lose, committed_first, bytes_max) = (
             proxy.network.clone(),
             Arc::clone(&proxy.commits_to_lose),
             Arc::clone(&proxy.committed_first),
-            Arc::clone(&proxy.transaction_bytes_max),
+            [
+                Arc::clone(&proxy.transaction_bytes_max),
+                Arc::clone(&proxy.answer_bytes_max),
+            ],
         );
         tokio::spawn(async move {
             loop {
@@ -76,7 +81,7 @@ impl Proxy {
                 let (to_lose, committed_first, bytes_max) = (
                     Arc::clone(&to_lose),
                     Arc::clone(&committed_first),
-                    Arc::clone(&bytes_max),
+                    bytes_max.clone(),
                 );
                 tokio::spawn(async move {
                     tokio::select! {
@@ -119,6 +124,11 @@ impl Proxy {
             .store(transaction_bytes, Ordering::SeqCst);
     }
 
+    /// The same when it answers with more than this at once.
+    pub fn choke_on_answers(&self, bytes: usize) {
+        self.answer_bytes_max.store(bytes, Ordering::SeqCst);
+    }
+
     /// How many COMMITs are still to be lost.
     pub fn commits_to_lose(&self) -> usize {
         self.commits_to_lose.load(Ordering::SeqCst)
@@ -136,9 +146,9 @@ async fn forward(
     mut network: watch::Receiver<Network>,
     to_lose: &AtomicUsize,
     committed_first: &AtomicBool,
-    transaction_bytes_max: &AtomicUsize,
+    [transaction_bytes_max, answer_bytes_max]: &[Arc<AtomicUsize>; 2],
 ) {
-    let mut transaction_bytes = 0;
+    let (mut transaction_bytes, mut answer_bytes) = (0, 0);
     let (mut from_client, mut from_server) = (vec![0; 1 << 16], vec![0; 1 << 16]);
     let mut freeze = network.clone();
     loop {
@@ -151,6 +161,7 @@ async fn forward(
                 let Ok(length @ 1..) = read else { return };
                 let bytes = &from_client[..length];
                 pass(&mut network).await;
+                answer_bytes = 0;
                 transaction_bytes += length;
                 if transaction_bytes > transaction_bytes_max.load(Ordering::SeqCst) {
                     return pending().await;
@@ -173,6 +184,10 @@ async fn forward(
             read = server.read(&mut from_server) => {
                 let Ok(length @ 1..) = read else { return };
                 pass(&mut network).await;
+                answer_bytes += length;
+                if answer_bytes > answer_bytes_max.load(Ordering::SeqCst) {
+                    return pending().await;
+                }
                 if client.write_all(&from_server[..length]).await.is_err() {
                     return;
                 }
