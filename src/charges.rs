@@ -281,6 +281,9 @@ impl CreateCharge {
 
     /// Its answer, where the guard warns of this charge beside it: a replay has to
     /// name it too.
+    ///
+    /// # Panics
+    /// Never: an id is always JSON.
     #[must_use]
     pub fn answer_beside(&self, original: ChargeId) -> Answer {
         let head = AnswerHead {

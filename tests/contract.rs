@@ -626,6 +626,44 @@ async fn a_key_is_taken_where_its_description_allows_it(pool: PgPool) {
     }
 }
 
+/// What a field of a request is tried with: at its limits, and beyond.
+fn values_of(field: &str, charge: &str) -> Vec<Value> {
+    let long = |length: usize| json!("x".repeat(length));
+    let names = |count: usize| -> Value {
+        (0..count)
+            .map(|i| (format!("n{i}"), json!("v")))
+            .collect::<serde_json::Map<_, _>>()
+            .into()
+    };
+    let entry = |name: &str, text: &str| json!({ name: text });
+    match field {
+        "amount" => [0, 1, 999_999_999_999, 1_000_000_000_000_i64]
+            .map(Value::from)
+            .to_vec(),
+        "customer" | "source" => vec![long(0), long(255), long(256)],
+        "description" => vec![long(0), long(1000), long(1001)],
+        "metadata" => vec![
+            json!(""),
+            json!("x"),
+            json!({"a": null}),
+            json!({"a": ""}),
+            json!({"": "v"}),
+            names(50),
+            names(51),
+            entry(&"n".repeat(40), "v"),
+            entry(&"n".repeat(41), "v"),
+            entry("a[b]", "v"),
+            entry("n", &"v".repeat(500)),
+            entry("n", &"v".repeat(501)),
+        ],
+        "currency" => ["usd", "USD", "us", "usdd"].map(Value::from).to_vec(),
+        "charge" => vec![json!(charge), json!("ch_1")],
+        "reason" => ["fraudulent", "other"].map(Value::from).to_vec(),
+        "capture" => vec![json!(true), json!("true")],
+        other => panic!("{other} has limits that nobody tries"),
+    }
+}
+
 /// What is sent at a limit is taken, and what is beyond it, or null where none is
 /// allowed, is refused by its name.
 #[sqlx::test(migrator = "payonce::MIGRATOR")]
@@ -633,18 +671,6 @@ async fn limits_and_nulls_are_as_described(pool: PgPool) {
     let service = Service::start(&pool).await;
     let contract = Contract::of(&service).await;
     let document = &contract.document;
-    let names = |count: usize| -> Value {
-        (0..count)
-            .map(|i| (format!("n{i}"), json!("v")))
-            .collect::<serde_json::Map<_, _>>()
-            .into()
-    };
-    let named = |name: &str, text: &str| {
-        let mut metadata = serde_json::Map::new();
-        metadata.insert(name.to_owned(), json!(text));
-        Value::Object(metadata)
-    };
-    let long = |length: usize| json!("x".repeat(length));
     let charge = service
         .post("/v1/charges", "authorised")
         .json(&json!({"amount": 5000, "currency": "usd", "capture": false}))
@@ -667,33 +693,7 @@ async fn limits_and_nulls_are_as_described(pool: PgPool) {
             .as_object()
             .unwrap();
         for field in fields.keys() {
-            let mut values = vec![Value::Null];
-            match field.as_str() {
-                "amount" => {
-                    values.extend([0, 1, 999_999_999_999, 1_000_000_000_000_i64].map(Value::from))
-                }
-                "customer" | "source" => values.extend([long(0), long(255), long(256)]),
-                "description" => values.extend([long(0), long(1000), long(1001)]),
-                "metadata" => values.extend([
-                    json!(""),
-                    json!("x"),
-                    json!({"a": null}),
-                    json!({"a": ""}),
-                    json!({"": "v"}),
-                    names(50),
-                    names(51),
-                    named(&"n".repeat(40), "v"),
-                    named(&"n".repeat(41), "v"),
-                    named("a[b]", "v"),
-                    named("n", &"v".repeat(500)),
-                    named("n", &"v".repeat(501)),
-                ]),
-                "currency" => values.extend(["usd", "USD", "us", "usdd"].map(Value::from)),
-                "charge" => values.extend([json!(charge), json!("ch_1")]),
-                "reason" => values.extend(["fraudulent", "other"].map(Value::from)),
-                "capture" => values.extend([json!(true), json!("true")]),
-                other => panic!("{other} has limits that nobody tries"),
-            }
+            let values = [vec![Value::Null], values_of(field, &charge)].concat();
             for (i, value) in values.iter().enumerate() {
                 let mut sent = body.clone();
                 sent[field] = value.clone();
