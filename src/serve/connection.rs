@@ -384,11 +384,14 @@ mod tests {
                 sleep(Duration::from_millis(700)).await;
             }
         });
-        let error = loop {
-            if let Err(error) = server.read(&mut buffer).await {
-                break error;
+        let fails = async {
+            loop {
+                if let Err(error) = server.read(&mut buffer).await {
+                    return error;
+                }
             }
         };
+        let error = timeout(Duration::from_hours(1), fails).await.unwrap();
         assert_eq!(error.kind(), ErrorKind::TimedOut);
         assert!((10..=11).contains(&began.elapsed().as_secs()));
         drop(server);
