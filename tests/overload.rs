@@ -97,7 +97,7 @@ fn list_with(service: &Service, api_key: &str, address: &str) -> impl Future<Out
     service
         .stranger("GET", "/v1/charges")
         .header("authorization", &format!("Bearer {api_key}"))
-        .from_address(address)
+        .at_address(address)
         .send()
 }
 
