@@ -308,16 +308,13 @@ mod tests {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (stop, stopping) = watch::channel(None);
-        let endless = || async { Body::from_stream(stream::repeat(chunk())) };
+        let chunk = || Ok::<_, Infallible>(Bytes::from(vec![b'x'; 65_536]));
+        let endless = move || async move { Body::from_stream(stream::repeat_with(chunk)) };
         let router = Router::new()
             .route("/endless", get(endless))
             .route("/", get(|| async { "answer" }));
         tokio::spawn(serve(listener, router, 10, timeouts, stopping));
         (TcpStream::connect(address).await.unwrap(), stop)
-    }
-
-    fn chunk() -> Result<Bytes, Infallible> {
-        Ok(Bytes::from_static(&[b'x'; 65_536]))
     }
 
     async fn is_closed(stream: &mut TcpStream) {

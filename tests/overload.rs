@@ -58,6 +58,22 @@ async fn reads_beyond_what_may_wait_are_refused_at_once_and_charges_go_on(pool: 
     }
 }
 
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn a_charge_needs_no_connection_of_the_reads(pool: PgPool) {
+    let settings = Settings {
+        pool_size: CONNECTIONS,
+        ..Settings::default()
+    };
+    let service = Service::start_with(&pool, settings).await;
+    let reads = &service.app.pool;
+    let _all = [
+        reads.acquire().await.unwrap(),
+        reads.acquire().await.unwrap(),
+    ];
+    // The look-up of its API key is the first here.
+    assert_eq!(service.charge("order_1").send().await.status, 200);
+}
+
 /// What is not the test's own matter takes as long as it likes.
 fn forgetting_nothing() -> caller::Options {
     let hour = Duration::from_hours(1);
@@ -81,7 +97,7 @@ fn list_with(service: &Service, api_key: &str, address: &str) -> impl Future<Out
     service
         .stranger("GET", "/v1/charges")
         .header("authorization", &format!("Bearer {api_key}"))
-        .from_address(address)
+        .at_address(address)
         .send()
 }
 

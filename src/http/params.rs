@@ -148,12 +148,12 @@ impl Params {
                     )
                 })?;
             let entry = (inner.to_owned(), value);
-            match maps.get(outer).map(|&at| &mut fields[at].1) {
-                Some(Value::Map(entries)) => entries.push(entry),
-                _ => {
-                    maps.insert(outer.to_owned(), fields.len());
-                    fields.push((outer.to_owned(), Value::Map(vec![entry])));
-                }
+            let map = maps.get(outer).map(|&at| &mut fields[at].1);
+            if let Some(Value::Map(entries)) = map {
+                entries.push(entry);
+            } else {
+                maps.insert(outer.to_owned(), fields.len());
+                fields.push((outer.to_owned(), Value::Map(vec![entry])));
             }
         }
         Self(fields).without_repetition()

@@ -307,7 +307,7 @@ impl Call {
     }
 
     /// As the accept loop says where it came from.
-    pub fn from_address(self, address: &str) -> Self {
+    pub fn at_address(self, address: &str) -> Self {
         Self {
             request: self.request.extension(Peer(address.parse().unwrap())),
             ..self
