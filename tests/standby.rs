@@ -1,8 +1,18 @@
 //! Promise 2 with synchronous replication: what was acknowledged is on the standby
 //! too, so that the loss of the primary loses nothing of it.
 
+use std::time::Duration;
+
+use axum::{
+    Router,
+    body::Body,
+    http::{Request, StatusCode},
+    routing::post,
+};
 use futures::future::join_all;
+use payonce::{idempotency::Scenario, layer::Idempotent};
 use sqlx::PgPool;
+use tower::ServiceExt;
 
 use crate::support::{Reply, Service, count, eventually, postgres::Cluster};
 
@@ -276,4 +286,37 @@ async fn a_standby_answers_nothing() {
     standby.promote().await;
     let read = on_standby.get(&format!("/v1/charges/{id}")).send().await;
     assert_eq!(read.status, 200, "{read:?}");
+}
+
+/// What `payonce::layer` replays waits for the standby as well.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_layers_replays_wait_for_the_standby() {
+    let (primary, standby) = with_standby("layer").await;
+    let pool = primary.pool().await;
+    let layer = Idempotent::new(pool, Scenario::Form.default_rule(), |_| {
+        Some("ann".to_owned())
+    })
+    .step_limit(Duration::from_secs(1));
+    let done = || async { StatusCode::CREATED };
+    let router = Router::new().route("/orders", post(done)).layer(layer);
+    let ask = || {
+        let request = Request::post("/orders")
+            .header("idempotency-key", "order_1")
+            .body(Body::empty())
+            .unwrap();
+        let router = router.clone();
+        async move { router.oneshot(request).await.unwrap() }
+    };
+    assert_eq!(ask().await.status(), StatusCode::CREATED);
+    standby.stop("fast").await;
+    assert_eq!(ask().await.status(), StatusCode::SERVICE_UNAVAILABLE);
+    standby.start_again().await;
+    loop {
+        let replay = ask().await;
+        if replay.status() == StatusCode::CREATED {
+            assert_eq!(replay.headers()["idempotent-replayed"], "true");
+            return;
+        }
+        assert_eq!(replay.status(), StatusCode::SERVICE_UNAVAILABLE);
+    }
 }
