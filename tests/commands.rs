@@ -974,3 +974,24 @@ async fn a_toolchain_that_is_too_old_or_missing_is_named_first() {
         );
     }
 }
+
+/// Whose line the compiler would not name, though it fails over it.
+#[tokio::test]
+async fn a_line_of_the_env_file_is_named_before_anything_is_built() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+    let script = directory.path().join("scripts/toolchain");
+    std::fs::create_dir(directory.path().join("scripts")).unwrap();
+    std::fs::copy(root.join("scripts/toolchain"), &script).unwrap();
+    std::fs::copy(root.join("Cargo.toml"), directory.path().join("Cargo.toml")).unwrap();
+    let env = directory.path().join(".env");
+    std::fs::write(&env, "# RULES=a b\nA=\"1\nb c\n\"\nRULES=hunter2 x\n").unwrap();
+    let (code, said) = one_line(&mut Command::new(&script)).await;
+    assert_eq!(code, 1);
+    assert!(
+        said.contains(".env, line 5: ") && !said.contains("hunter2"),
+        "{said}"
+    );
+    std::fs::copy(root.join(".env.example"), &env).unwrap();
+    assert!(Command::new(&script).status().await.unwrap().success());
+}
