@@ -95,7 +95,7 @@ async fn a_key_that_is_held_stops_nobody_behind_a_pooler(pool: PgPool) {
     .execute(&mut *holder)
     .await
     .unwrap();
-    let held = service.charge("held").send();
+    let held = service.charge("held").header("prefer", "wait=1").send();
     let others = join_all(
         (0..30)
             .map(|i| service.charge(&format!("order_{i}")).send())

@@ -225,11 +225,11 @@ async fn settle_refused(
     if positions.is_empty() {
         return Ok(vec![]);
     }
-    let refunds = earlier_refunds(conn, changes, &positions).await?;
-    let charges = earlier_charges(conn, changes, &positions).await?;
+    let earlier = earlier_refunds(conn, changes, &positions).await?;
+    let also_earlier = earlier_charges(conn, changes, &positions).await?;
     let mut missing = Vec::new();
     let mut refusals = refused.into_iter().map(|(_, refusal)| refusal);
-    for ((i, refund), charge) in positions.into_iter().zip(refunds).zip(charges) {
+    for ((i, refund), charge) in positions.into_iter().zip(earlier).zip(also_earlier) {
         // The refusals come first, in their order.
         let refusal = refusals.next();
         match refund.or(charge).or(refusal) {
@@ -247,8 +247,8 @@ async fn earlier_refunds(
     positions: &[usize],
 ) -> Result<Vec<Option<Arc<Settled>>>, sqlx::Error> {
     let scopes: Vec<&Scope> = positions.iter().map(|&i| &changes[i].scope).collect();
-    let refunds = refunds::by_key(conn, &scopes).await?.into_iter();
-    Ok(refunds
+    let found = refunds::by_key(conn, &scopes).await?.into_iter();
+    Ok(found
         .map(|found| {
             let (fingerprint, refund) = found?;
             Some(Arc::new(Settled {
@@ -271,8 +271,8 @@ async fn earlier_charges(
     positions: &[usize],
 ) -> Result<Vec<Option<Arc<Settled>>>, sqlx::Error> {
     let scopes: Vec<&Scope> = positions.iter().map(|&i| &changes[i].scope).collect();
-    let charges = charges::by_key(conn, &scopes).await?.into_iter();
-    Ok(charges
+    let found = charges::by_key(conn, &scopes).await?.into_iter();
+    Ok(found
         .map(|found| {
             let (fingerprint, charge) = found?;
             Some(Arc::new(Settled {
