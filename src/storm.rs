@@ -1,11 +1,14 @@
 //! The storm: attacks a running service the way real networks do, and audits it.
 //!
 //! It plays customers who each want to pay once, through clients that ask again
-//! under the same key when an answer is lost. Between the clients and the
-//! service stands a proxy that delays, drops, cuts, duplicates and lies. Then it
-//! asks every key once more, reads all charges through the API, and counts:
-//! double charges, lost charges, answers that differ from the first, keys
-//! without an answer. All four have to be 0.
+//! under the same key when an answer is lost. A part of them authorises and
+//! captures, or wants money back, all or in parts, also two clients at once.
+//! Between the clients and the service stands a proxy that delays, drops, cuts,
+//! duplicates and lies. Then it asks every key once more, reads all charges and
+//! the refunds through the API, and counts what must not be: double charges,
+//! lost charges, captures and refunds that are doubled, lost or too large, sums
+//! that do not add up, answers that differ from the first, keys without an
+//! answer. All counts have to be 0.
 //!
 //! The seed decides what each customer wants and does, and what happens to each
 //! of its requests; it does not decide the order in which they run.
@@ -17,10 +20,12 @@
 //! | `ledger` | every request that reached the service, and what came back |
 //! | `customers` | the clients, and how they retry |
 //! | `audit` | the questions afterwards, to the API and to the tables |
+//! | `history` | what a linearizability checker is given |
 //! | `report` | the verdict, for people and for programs |
 
 mod audit;
 mod customers;
+mod history;
 mod ledger;
 mod proxy;
 mod report;
@@ -66,6 +71,17 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
 
+    /// The share of the customers who do more than pay: they authorise and capture,
+    /// all or a part; or want refunds, of all, in parts, two at once, or of more
+    /// than is left. 0 for a service that only charges
+    #[arg(long, default_value_t = 0.30, value_parser = script::probability, value_name = "P")]
+    changes: f64,
+
+    /// The service's answers expire while the storm blows (RULES=payment=1s): what
+    /// is decided or written anew then is not taken for a differing answer
+    #[arg(long)]
+    answers_expire: bool,
+
     /// How likely what is
     #[command(flatten)]
     weather: Weather,
@@ -99,7 +115,7 @@ fn target(text: &str) -> Result<String, String> {
 /// Blows, audits, and prints the verdict.
 ///
 /// # Errors
-/// If one of the four counts is not 0, or the service cannot be reached at all.
+/// If one of the counts is not 0, or the service cannot be reached at all.
 pub async fn run(options: Options) -> Result<(), Failure> {
     // Fails only if a provider is there already, and then there is one.
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -136,8 +152,7 @@ pub async fn run(options: Options) -> Result<(), Failure> {
     progress.finish_and_clear();
 
     if let Some(file) = &options.history {
-        ledger
-            .write(file)
+        history::write(file, &shop, &findings.reads)
             .map_err(|error| format!("cannot write {}: {error}", file.display()))?;
     }
     let report = report::Report::new(seed, &mark, &shop, &ledger, results, findings);

@@ -9,9 +9,9 @@ use std::{
 use serde::Serialize;
 
 use super::{
-    audit::Findings,
+    audit::{Finding, Findings},
     customers::{Results, Shop},
-    ledger::{Ledger, Said},
+    ledger::{KeyId, Ledger, Said},
     script::Fate,
 };
 use crate::cli::Failure;
@@ -31,12 +31,21 @@ pub struct Report {
     /// Requests that the service got, the audit's not counted; what came back.
     answers_by_status: BTreeMap<String, u64>,
     charges_made: usize,
+    /// Customers who did more than pay; captures and refunds that were done, and
+    /// those that the charge did not allow.
+    customers_with_changes: usize,
+    captures_made: usize,
+    refunds_made: usize,
+    changes_refused: usize,
     /// Keys whose first answer reached nobody: the first that came was a replay.
     first_answers_lost: usize,
     double_charges: usize,
     lost_charges: usize,
     differing_answers: usize,
     unanswered_keys: usize,
+    /// Of captures and refunds, each finding by its name.
+    #[serde(flatten)]
+    change_findings: BTreeMap<&'static str, usize>,
     guilty: Guilty,
     /// What the tables say, if they were asked.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -45,13 +54,16 @@ pub struct Report {
     without_keys: WithoutKeys,
 }
 
-/// Whom it happened to.
+/// Whom it happened to: the customer, where it was the charge's key; the key or
+/// the charge, where it was a change.
 #[derive(Debug, Serialize)]
 struct Guilty {
     double_charges: Vec<String>,
     lost_charges: Vec<String>,
     differing_answers: Vec<String>,
     unanswered_keys: Vec<String>,
+    #[serde(flatten)]
+    changes: BTreeMap<&'static str, Vec<String>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -82,6 +94,14 @@ impl Report {
     ) -> Self {
         let names =
             |customers: &BTreeSet<u32>| customers.iter().map(|&n| shop.customer_id(n)).collect();
+        let keys = |keys: &BTreeSet<KeyId>| keys.iter().map(|&key| shop.name(key)).collect();
+        let changes: BTreeMap<_, Vec<_>> = Finding::ALL
+            .into_iter()
+            .map(|finding| {
+                let names = findings.changes.get(&finding).into_iter().flatten();
+                (finding.name(), names.cloned().collect())
+            })
+            .collect();
         Self {
             seed,
             mark: mark.to_owned(),
@@ -93,18 +113,27 @@ impl Report {
                 .map(Fate::name)
                 .zip(results.fates)
                 .collect(),
-            answers_by_status: answers_by_status(shop, ledger, &results),
+            answers_by_status: answers_by_status(ledger, &results),
             charges_made: findings.charges,
-            first_answers_lost: first_answers_lost(shop, ledger),
+            customers_with_changes: findings.changing.customers,
+            captures_made: findings.changing.captures,
+            refunds_made: findings.changing.refunds,
+            changes_refused: findings.changing.refused,
+            first_answers_lost: first_answers_lost(ledger),
             double_charges: findings.double.len(),
             lost_charges: findings.lost.len(),
             differing_answers: findings.differing.len(),
             unanswered_keys: findings.unanswered.len(),
+            change_findings: changes
+                .iter()
+                .map(|(&name, names)| (name, names.len()))
+                .collect(),
             guilty: Guilty {
                 double_charges: names(&findings.double),
                 lost_charges: names(&findings.lost),
-                differing_answers: names(&findings.differing),
-                unanswered_keys: names(&findings.unanswered),
+                differing_answers: keys(&findings.differing),
+                unanswered_keys: keys(&findings.unanswered),
+                changes,
             },
             table_findings: findings.tables,
             without_keys: without_keys(shop, ledger, &results),
@@ -145,25 +174,40 @@ impl Report {
         Err(format!("the storm found {line} (seed {})", self.seed))
     }
 
-    fn counts(&self) -> [(&'static str, usize, &[String]); 4] {
-        [
+    fn counts(&self) -> Vec<(String, usize, &[String])> {
+        let mut counts: Vec<(String, usize, &[String])> = vec![
             (
-                "double charges",
+                "double charges".to_owned(),
                 self.double_charges,
                 &self.guilty.double_charges,
             ),
-            ("lost charges", self.lost_charges, &self.guilty.lost_charges),
             (
-                "differing answers",
+                "lost charges".to_owned(),
+                self.lost_charges,
+                &self.guilty.lost_charges,
+            ),
+            (
+                "differing answers".to_owned(),
                 self.differing_answers,
                 &self.guilty.differing_answers,
             ),
             (
-                "unanswered keys",
+                "unanswered keys".to_owned(),
                 self.unanswered_keys,
                 &self.guilty.unanswered_keys,
             ),
-        ]
+        ];
+        counts.splice(2..2, Finding::ALL.map(|finding| self.of_changes(finding)));
+        counts
+    }
+
+    fn of_changes(&self, finding: Finding) -> (String, usize, &[String]) {
+        let names = self
+            .guilty
+            .changes
+            .get(finding.name())
+            .map_or(&[][..], Vec::as_slice);
+        (finding.name().replace('_', " "), names.len(), names)
     }
 
     fn table(&self) -> String {
@@ -190,6 +234,9 @@ impl Report {
         row("latency p99, ms", format!("{:.1}", self.latency_ms.p99));
         row("latency max, ms", format!("{:.1}", self.latency_ms.max));
         row("charges made", self.charges_made.to_string());
+        row("captures made", self.captures_made.to_string());
+        row("refunds made", self.refunds_made.to_string());
+        row("changes refused", self.changes_refused.to_string());
         row("first answers lost", self.first_answers_lost.to_string());
         row("without keys", String::new());
         row("  charges", self.without_keys.charges.to_string());
@@ -202,7 +249,7 @@ impl Report {
             self.without_keys.overcharged.to_string(),
         );
         for (name, count, _) in self.counts() {
-            row(name, count.to_string());
+            row(&name, count.to_string());
         }
         if let Some(findings) = &self.table_findings {
             row("findings in the tables", findings.len().to_string());
@@ -227,37 +274,36 @@ fn named(customers: &[String]) -> String {
     names
 }
 
-fn answers_by_status(shop: &Shop, ledger: &Ledger, results: &Results) -> BTreeMap<String, u64> {
+fn answers_by_status(ledger: &Ledger, results: &Results) -> BTreeMap<String, u64> {
     let mut counts = BTreeMap::new();
-    for customer in 0..shop.customers {
-        for operation in ledger
-            .operations(customer)
-            .iter()
-            .filter(|o| o.called <= results.closed_at)
-        {
-            let name = match operation.status {
-                Some(status) => status.to_string(),
-                None if operation.said == Said::Unreached => "not reached".to_owned(),
-                None => "none".to_owned(),
+    ledger.for_each(|_, operations| {
+        for operation in operations.iter().filter(|o| o.called <= results.closed_at) {
+            let name = match (operation.status, &operation.said) {
+                // What a charge does not allow is told 400 too, and has to be.
+                (Some(400), Said::Refused) => "400 undeserved".to_owned(),
+                (Some(status), _) => status.to_string(),
+                (None, Said::Unreached) => "not reached".to_owned(),
+                (None, _) => "none".to_owned(),
             };
             *counts.entry(name).or_default() += 1;
         }
-    }
+    });
     counts
 }
 
-fn first_answers_lost(shop: &Shop, ledger: &Ledger) -> usize {
-    let lost = |customer: &u32| {
-        let operations = ledger.operations(*customer);
+fn first_answers_lost(ledger: &Ledger) -> usize {
+    let mut lost = 0;
+    ledger.for_each(|_, operations| {
         let mut answers = operations
             .iter()
             .filter(|o| matches!(o.said, Said::Answer(_)))
             .peekable();
-        answers.peek().is_some() && answers.all(|answer| answer.replayed)
-    };
-    (0..shop.customers).filter(lost).count()
+        lost += usize::from(answers.peek().is_some() && answers.all(|answer| answer.replayed));
+    });
+    lost
 }
 
+/// Of the charges alone.
 fn without_keys(shop: &Shop, ledger: &Ledger, results: &Results) -> WithoutKeys {
     let mut sum = WithoutKeys {
         charges: 0,
@@ -269,7 +315,7 @@ fn without_keys(shop: &Shop, ledger: &Ledger, results: &Results) -> WithoutKeys 
         if script.declines {
             continue;
         }
-        let operations = ledger.operations(customer);
+        let operations = ledger.operations(KeyId::charge(customer));
         let mut amounts = operations
             .iter()
             .filter(|o| o.called <= results.closed_at && o.said != Said::Unreached)
