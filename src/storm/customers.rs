@@ -255,15 +255,15 @@ impl Shop {
         // What shares are taken of: the amount, and what was captured of it.
         let mut whole = amount;
         for step in plan.steps {
-            let begin = |draft| self.begin(customer, draft, whole);
+            let start = |draft| self.begin(customer, draft, whole);
             let insist = async |change: &Keyed| {
                 let habits = self.dice.habits(customer, change.id.number);
                 self.insist(change, habits).await
             };
             let answers = match step {
-                Step::One(draft) => vec![insist(&begin(draft)).await],
+                Step::One(draft) => vec![insist(&start(draft)).await],
                 Step::AtOnce(one, other) => {
-                    let (one, other) = (begin(one), begin(other));
+                    let (one, other) = (start(one), start(other));
                     let (one, other) = tokio::join!(insist(&one), insist(&other));
                     vec![one, other]
                 }

@@ -122,19 +122,18 @@ impl Findings {
     fn count(&mut self, begun: &Begun, outcomes: &[Outcome<'_>], acknowledged: &mut Acknowledged) {
         self.changing.customers += 1;
         for outcome in outcomes {
-            match (&outcome.done, outcome.keyed.kind) {
-                (Some(refund), Kind::Refund) => {
-                    self.changing.refunds += 1;
-                    let id = refund["id"].as_str().unwrap_or_default();
-                    acknowledged.refunds.push(id.to_owned());
-                }
-                (Some(charge), _) => {
-                    self.changing.captures += 1;
-                    let captured = charge["amount_captured"].as_i64().unwrap_or_default();
-                    let capture = (begun.charge_id.clone(), captured);
-                    acknowledged.captures.push(capture);
-                }
-                (None, _) => self.changing.refused += usize::from(!outcome.answers.is_empty()),
+            let done = outcome.done.iter().map(|(_, object)| object);
+            let there = usize::from(!outcome.done.is_empty());
+            self.changing.refused += usize::from(there == 0 && !outcome.refused.is_empty());
+            if outcome.keyed.kind == Kind::Refund {
+                self.changing.refunds += there;
+                let ids = done.filter_map(|refund| refund["id"].as_str());
+                acknowledged.refunds.extend(ids.map(str::to_owned));
+            } else {
+                self.changing.captures += there;
+                let captured = done.filter_map(|charge| charge["amount_captured"].as_i64());
+                let captures = captured.map(|amount| (begun.charge_id.clone(), amount));
+                acknowledged.captures.extend(captures);
             }
         }
     }
@@ -144,28 +143,32 @@ impl Findings {
 struct Outcome<'a> {
     keyed: &'a Keyed,
     answers: Vec<(u8, Answer)>,
-    /// The capture's or refund's answer, if it was done, and the amount that was
-    /// asked for.
-    done: Option<Value>,
-    asked: Option<i64>,
+    /// The amounts that were asked for, and the captures or refunds that were
+    /// acknowledged: one, unless the answers differ.
+    done: Vec<(Option<i64>, Value)>,
     /// The amounts that were refused.
     refused: Vec<Option<i64>>,
 }
 
 impl<'a> Outcome<'a> {
     fn of(keyed: &'a Keyed, answers: Vec<(u8, Answer)>) -> Self {
-        let asked = |cart: u8| keyed.amounts[usize::from(cart)];
-        let done = answers.iter().find(|(_, answer)| answer.status == 200);
+        let (mut done, mut refused) = (Vec::new(), Vec::new());
+        for (cart, answer) in &answers {
+            let asked = keyed.amounts[usize::from(*cart)];
+            if answer.status == 200 {
+                done.push((
+                    asked,
+                    serde_json::from_str(&answer.body).unwrap_or_default(),
+                ));
+            } else {
+                refused.push(asked);
+            }
+        }
         Self {
             keyed,
-            done: done.map(|(_, answer)| serde_json::from_str(&answer.body).unwrap_or_default()),
-            asked: done.and_then(|&(cart, _)| asked(cart)),
-            refused: answers
-                .iter()
-                .filter(|(_, answer)| answer.status != 200)
-                .map(|&(cart, _)| asked(cart))
-                .collect(),
             answers,
+            done,
+            refused,
         }
     }
 }
@@ -314,7 +317,7 @@ impl<'a> Judge<'a> {
         let whole = self.begun.amount;
         let done: Vec<_> = self
             .of_kind(Kind::Capture)
-            .filter(|outcome| outcome.done.is_some())
+            .filter(|outcome| !outcome.done.is_empty())
             .collect();
         if done.len() > 1 {
             for outcome in &done {
@@ -324,7 +327,10 @@ impl<'a> Judge<'a> {
         // What may have been captured, each by one that asked for it.
         let mut asked: Vec<(&str, i64)> = done
             .iter()
-            .map(|outcome| (outcome.keyed.key.as_str(), outcome.asked.unwrap_or(whole)))
+            .flat_map(|outcome| {
+                let amounts = outcome.done.iter();
+                amounts.map(|(asked, _)| (outcome.keyed.key.as_str(), asked.unwrap_or(whole)))
+            })
             .collect();
         if !self.begun.authorised {
             asked.push((&self.begun.charge_id, whole));
@@ -340,17 +346,16 @@ impl<'a> Judge<'a> {
             asked.extend(amounts.filter(|&(_, amount)| amount == captured));
         }
         for outcome in &done {
-            let said = outcome
-                .done
-                .as_ref()
-                .map(|charge| &charge["amount_captured"]);
-            let asked = outcome.asked.unwrap_or(whole);
-            match said.and_then(Value::as_i64) {
-                Some(said) if said > asked || said > whole => {
-                    self.found(Finding::CapturesBeyondAmount, &outcome.keyed.key);
+            let key = &outcome.keyed.key;
+            for (asked, charge) in &outcome.done {
+                let asked = asked.unwrap_or(whole);
+                match charge["amount_captured"].as_i64() {
+                    Some(said) if said > asked || said > whole => {
+                        self.found(Finding::CapturesBeyondAmount, key);
+                    }
+                    Some(said) if said == asked => {}
+                    _ => self.found(Finding::LostCaptures, key),
                 }
-                Some(said) if said == asked => {}
-                _ => self.found(Finding::LostCaptures, &outcome.keyed.key),
             }
         }
         let charge_id = &self.begun.charge_id;
@@ -370,7 +375,7 @@ impl<'a> Judge<'a> {
         for outcome in self.of_kind(Kind::Capture) {
             for amount in &outcome.refused {
                 let possible = captured == 0 && refunded == 0 && amount.unwrap_or(whole) <= whole;
-                let own = outcome.done.is_some() && !self.answers_expire;
+                let own = !outcome.done.is_empty() && !self.answers_expire;
                 if possible || own {
                     self.found(Finding::WrongRefusals, &outcome.keyed.key);
                 }
@@ -400,11 +405,11 @@ impl<'a> Judge<'a> {
             if there.len() > 1 {
                 self.found(Finding::DoubleRefunds, key);
             }
-            if let Some(refund) = &outcome.done {
-                if !there.contains(&refund) {
+            for (asked, refund) in &outcome.done {
+                if !there.iter().any(|there| is_same_refund(there, refund)) {
                     self.found(Finding::LostRefunds, key);
                 }
-                if outcome.asked.is_some() && refund["amount"].as_i64() != outcome.asked {
+                if asked.is_some() && refund["amount"].as_i64() != *asked {
                     self.found(Finding::RefundsNotAddingUp, key);
                 }
             }
@@ -431,6 +436,13 @@ impl<'a> Judge<'a> {
         self.of_kind(kind)
             .all(|outcome| !outcome.answers.is_empty())
     }
+}
+
+/// Bytes that differ are another finding, of the answers.
+fn is_same_refund(one: &Value, other: &Value) -> bool {
+    ["id", "charge", "amount", "currency", "status"]
+        .into_iter()
+        .all(|name| one[name] == other[name])
 }
 
 /// What is wrong in the tables with the captures and refunds of this run, whose
