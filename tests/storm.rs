@@ -297,6 +297,9 @@ enum Fault {
     LosesCaptures,
     TellsChangesDifferently,
     NeverAnswersChanges,
+    /// No fault where answers expire: captures are forgotten, and a charge is told
+    /// as it stands.
+    Forgets,
 }
 
 #[derive(Clone)]
@@ -312,8 +315,15 @@ struct Books {
     /// As they stand now.
     present: BTreeMap<String, Value>,
     refunds: Vec<Value>,
-    /// Of captures and refunds, by key: path and body, status and answer.
-    changes: BTreeMap<String, ((String, Value), (StatusCode, Value))>,
+    /// Of captures and refunds, by key.
+    changes: BTreeMap<String, Change>,
+}
+
+struct Change {
+    path: String,
+    request: Value,
+    status: StatusCode,
+    answer: Value,
 }
 
 async fn charge(
@@ -330,6 +340,9 @@ async fn charge(
         && let Some((_, first)) = books.charges.iter().find(|(used, _)| *used == key)
     {
         let mut answer = first.clone();
+        if guilty.fault == Fault::Forgets {
+            answer = books.present[answer["id"].as_str().unwrap()].clone();
+        }
         if guilty.fault == Fault::AnswersDifferently {
             answer["description"] = json!("told again");
         }
@@ -359,18 +372,21 @@ async fn change(
         return StatusCode::SERVICE_UNAVAILABLE.into_response();
     }
     let key = headers["idempotency-key"].to_str().unwrap().to_owned();
-    let asked = (uri.path().to_owned(), request.clone());
     let mut books = guilty.books.lock().unwrap();
-    let forgets = guilty.fault == Fault::RefundsForEveryRequest && uri.path() == "/v1/refunds";
-    if !forgets && let Some((first, (status, answer))) = books.changes.get(&key) {
-        if *first != asked {
+    let forgets = match guilty.fault {
+        Fault::RefundsForEveryRequest => uri.path() == "/v1/refunds",
+        Fault::Forgets => uri.path() != "/v1/refunds",
+        _ => false,
+    };
+    if !forgets && let Some(first) = books.changes.get(&key) {
+        if (first.path.as_str(), &first.request) != (uri.path(), &request) {
             return StatusCode::UNPROCESSABLE_ENTITY.into_response();
         }
-        let mut answer = answer.clone();
+        let (status, mut answer) = (first.status, first.answer.clone());
         if guilty.fault == Fault::TellsChangesDifferently {
             answer["description"] = json!("told again");
         }
-        return (*status, [("idempotent-replayed", "true")], Json(answer)).into_response();
+        return (status, [("idempotent-replayed", "true")], Json(answer)).into_response();
     }
     let answer = match uri.path().strip_suffix("/capture") {
         Some(path) => {
@@ -379,15 +395,21 @@ async fn change(
         }
         None => books.refund(guilty.fault, &request),
     };
-    let (status, body) = match answer {
+    let (status, answer) = match answer {
         Ok(body) => (StatusCode::OK, body),
         Err(code) => (
             StatusCode::BAD_REQUEST,
             json!({ "error": { "code": code } }),
         ),
     };
-    books.changes.insert(key, (asked, (status, body.clone())));
-    (status, Json(body)).into_response()
+    let done = Change {
+        path: uri.path().to_owned(),
+        request,
+        status,
+        answer: answer.clone(),
+    };
+    books.changes.insert(key, done);
+    (status, Json(answer)).into_response()
 }
 
 impl Books {
@@ -501,6 +523,13 @@ async fn list_refunds(State(guilty): State<Guilty>, Query(page): Query<Page>) ->
 }
 
 async fn at(fault: Fault) -> (i32, Value, String) {
+    let (code, report, said) = storm_at(fault, &[]).await;
+    let expected = i32::from(fault != Fault::Nothing);
+    assert_eq!(code, expected, "the guilty got away, or others: {report}");
+    (code, report, said)
+}
+
+async fn storm_at(fault: Fault, more: &[&str]) -> (i32, Value, String) {
     let guilty = Guilty {
         fault,
         books: Arc::default(),
@@ -519,25 +548,19 @@ async fn at(fault: Fault) -> (i32, Value, String) {
         Fault::NeverAnswers | Fault::NeverAnswersChanges => "1s",
         _ => "60s",
     };
-    let (code, report, said) = storm(
-        "sk_test_any",
-        &[
-            "--target",
-            &target,
-            "--customers",
-            "100",
-            "--seed",
-            "7",
-            "--changes",
-            "0.6",
-            "--patience",
-            patience,
-        ],
-    )
-    .await;
-    let expected = i32::from(fault != Fault::Nothing);
-    assert_eq!(code, expected, "the guilty got away, or others: {report}");
-    (code, report, said)
+    let arguments = [
+        "--target",
+        &target,
+        "--customers",
+        "100",
+        "--seed",
+        "7",
+        "--changes",
+        "0.6",
+        "--patience",
+        patience,
+    ];
+    storm("sk_test_any", &[&arguments, more].concat()).await
 }
 
 #[tokio::test]
@@ -619,8 +642,8 @@ async fn changes_are_found(fault: Fault, expected: &[(&'static str, u64)]) -> Va
                 "{culprit}"
             );
         }
-        let named = format!("{count} {}", name.replace('_', " "));
-        assert!(said.contains(&named), "{said}");
+        let in_words = format!("{count} {}", name.replace('_', " "));
+        assert!(said.contains(&in_words), "{said}");
     }
     report
 }
@@ -713,6 +736,26 @@ async fn a_server_that_never_answers_changes_is_found_guilty() {
     let [0, 0, 0, 1..=999] = counts(&report) else {
         panic!("{report}")
     };
+}
+
+/// What an expired answer excuses, and what it does not.
+#[tokio::test]
+async fn answers_that_expire_are_no_fault_where_that_is_said() {
+    let (_, report, _) = at(Fault::Forgets).await;
+    let [0, 0, differing, unanswered] = counts(&report) else {
+        panic!("{report}")
+    };
+    assert!(differing >= 40 && unanswered >= 10, "{report}");
+
+    let (code, report, said) = storm_at(Fault::Forgets, &["--answers-expire"]).await;
+    assert_eq!(counts(&report), [0; 4], "{report}");
+    assert_eq!(changes(&report), BTreeMap::new(), "{report}");
+    assert_eq!(code, 0, "{said}");
+
+    let (code, report, _) = storm_at(Fault::RefundsForEveryRequest, &["--answers-expire"]).await;
+    assert_eq!(code, 1, "{report}");
+    assert!(changes(&report)["double_refunds"] >= 3, "{report}");
+    assert!(counts(&report)[2] >= 10, "{report}");
 }
 
 #[tokio::test]

@@ -30,7 +30,7 @@ enum Line {
         kind: Kind,
         cart: u8,
         /// The amount that it named.
-        asked: Option<i64>,
+        wanted: Option<i64>,
         called: u64,
         /// Null if nothing came back.
         returned: Option<u64>,
@@ -77,10 +77,10 @@ pub fn write(file: &Path, shop: &Shop, reads: &[Read]) -> std::io::Result<()> {
     };
     let mut written = Ok(());
     shop.ledger.for_each(|key, operations| {
-        let asked = amounts(shop, key);
+        let wanted = amounts(shop, key);
         for operation in operations {
             if written.is_ok()
-                && let Some(asked) = Line::asked(shop, key, asked, operation)
+                && let Some(asked) = Line::asked(shop, key, wanted, operation)
             {
                 written = line(&asked);
             }
@@ -144,7 +144,7 @@ impl Line {
             number: key.number,
             kind: operation.kind,
             cart: operation.cart,
-            asked: amounts[usize::from(operation.cart)],
+            wanted: amounts[usize::from(operation.cart)],
             called: nanos(operation.called),
             returned: operation.returned.map(nanos),
             said,

@@ -25,7 +25,7 @@ struct Asked {
     kind: Kind,
     cart: u8,
     /// The amount that it named.
-    asked: Option<i64>,
+    wanted: Option<i64>,
     called: i64,
     returned: Option<i64>,
     said: Said,
@@ -335,7 +335,7 @@ fn of_charge(asked: &[Asked], answers_expire: bool) -> Vec<Operation<Ledger>> {
         };
         let deed = Deed::Change {
             kind: first.kind,
-            asked: first.asked,
+            asked: first.wanted,
             outcome: Some(outcome),
         };
         return vec![operation(first_called(first.cart), first.returned, deed)];
@@ -346,7 +346,7 @@ fn of_charge(asked: &[Asked], answers_expire: bool) -> Vec<Operation<Ledger>> {
         .map(|one| {
             let deed = Deed::Change {
                 kind: one.kind,
-                asked: one.asked,
+                asked: one.wanted,
                 outcome: None,
             };
             operation(first_called(one.cart), None, deed)
@@ -366,7 +366,7 @@ fn asked(cart: u8, called: i64, returned: Option<i64>, said: Said, digest: Optio
         number: 0,
         kind: Kind::Charge,
         cart,
-        asked: None,
+        wanted: None,
         called,
         returned,
         said,
@@ -421,22 +421,21 @@ fn check_the_keys() {
 }
 
 fn check_the_charges() {
-    let change =
-        |number, kind, asked_for, (called, returned), outcome: Option<Result<i64, &str>>| {
-            let said = match outcome {
-                None => Said::Unknown,
-                Some(Ok(_)) => Said::Answer,
-                Some(Err(_)) => Said::Refused,
-            };
-            Line::Asked(Asked {
-                number,
-                kind,
-                asked: asked_for,
-                amount: outcome.and_then(Result::ok),
-                code: outcome.and_then(Result::err).map(str::to_owned),
-                ..asked(0, called, Some(returned), said, Some(1))
-            })
+    let change = |number, kind, wanted, (called, returned), outcome: Option<Result<i64, &str>>| {
+        let said = match outcome {
+            None => Said::Unknown,
+            Some(Ok(_)) => Said::Answer,
+            Some(Err(_)) => Said::Refused,
         };
+        Line::Asked(Asked {
+            number,
+            kind,
+            wanted,
+            amount: outcome.and_then(Result::ok),
+            code: outcome.and_then(Result::err).map(str::to_owned),
+            ..asked(0, called, Some(returned), said, Some(1))
+        })
+    };
     let read = |authorised, captured, refunded| {
         Line::Read(Read {
             customer: 7,

@@ -124,7 +124,7 @@ fn print(rows: &[(&str, Outcome)]) {
                 println!("| {name} | not possible here: {why} | | | | | | | | | | | | | |");
             }
             Outcome::Failed(why) => {
-                println!("| {name} | failed: {why} | | | | | | | | | | | | | |")
+                println!("| {name} | failed: {why} | | | | | | | | | | | | | |");
             }
         }
     }

@@ -131,8 +131,8 @@ impl Findings {
                 acknowledged.refunds.extend(ids.map(str::to_owned));
             } else {
                 self.changing.captures += there;
-                let captured = done.filter_map(|charge| charge["amount_captured"].as_i64());
-                let captures = captured.map(|amount| (begun.charge_id.clone(), amount));
+                let amounts = done.filter_map(|charge| charge["amount_captured"].as_i64());
+                let captures = amounts.map(|amount| (begun.charge_id.clone(), amount));
                 acknowledged.captures.extend(captures);
             }
         }
