@@ -1,12 +1,15 @@
 //! The storm: attacks a running service the way real networks do, and audits it.
 //!
 //! It plays customers who each want to pay once, through clients that ask again
-//! under the same key when an answer is lost. Between the clients and the
-//! service stands a proxy that delays, drops, cuts, duplicates and lies. Then it
-//! asks every key once more, reads all charges through the API, and counts:
-//! double charges, lost charges, answers that differ from the first, keys
-//! without an answer. All four have to be 0. Ctrl-C cuts it short: those who came
-//! until then are audited, unless it is pressed again.
+//! under the same key when an answer is lost. A part of them authorises and
+//! captures, or wants money back, all or in parts, also two clients at once.
+//! Between the clients and the service stands a proxy that delays, drops, cuts,
+//! duplicates and lies. Then it asks every key once more, reads all charges and
+//! the refunds through the API, and counts what must not be: double charges,
+//! lost charges, captures and refunds that are doubled, lost or too large, sums
+//! that do not add up, answers that differ from the first, keys without an
+//! answer. All counts have to be 0. Ctrl-C cuts it short: those who came until
+//! then are audited, unless it is pressed again.
 //!
 //! The seed decides what each customer wants and does, and what happens to each
 //! of its requests; it does not decide the order in which they run.
@@ -18,10 +21,12 @@
 //! | `ledger` | every request that reached the service, and what came back |
 //! | `customers` | the clients, and how they retry |
 //! | `audit` | the questions afterwards, to the API and to the tables |
+//! | `history` | what a linearizability checker is given |
 //! | `report` | the verdict, for people and for programs |
 
 mod audit;
 mod customers;
+mod history;
 mod ledger;
 mod proxy;
 mod report;
@@ -80,6 +85,17 @@ pub struct Options {
     #[arg(long, value_name = "N")]
     seed: Option<u64>,
 
+    /// The share of the customers who do more than pay: they authorise and capture,
+    /// all or a part; or want refunds, of all, in parts, two at once, or of more
+    /// than is left. 0 for a service that only charges
+    #[arg(long, default_value_t = 0.30, value_parser = script::probability, value_name = "P")]
+    changes: f64,
+
+    /// The service's answers expire while the storm blows (RULES=payment=1s): what
+    /// is decided or written anew then is not taken for a differing answer
+    #[arg(long)]
+    answers_expire: bool,
+
     /// How likely what is
     #[command(flatten)]
     weather: Weather,
@@ -113,8 +129,8 @@ fn target(text: &str) -> Result<String, String> {
 /// Blows, audits, and prints the report and the verdict.
 ///
 /// # Errors
-/// What was found, if one of the four counts is not 0; [`NoVerdict`] if it could
-/// not run to its end.
+/// What was found, if one of the counts is not 0; [`NoVerdict`] if it could not
+/// run to its end.
 pub async fn run(options: Options) -> Result<(), Failure> {
     let report = match blow(&options).await {
         Ok(report) => report,
@@ -167,13 +183,12 @@ async fn blow(options: &Options) -> Result<report::Report, Failure> {
     let progress = bar(u64::from(results.customers), "keys audited");
     let findings = tokio::select! {
         findings = audit::run(&shop, &service, options, results.customers, &progress) => findings?,
-        () = interrupts.next() => Findings::without_audit(&shop, results.customers),
+        () = interrupts.next() => Findings::without_audit(&shop),
     };
     progress.finish_and_clear();
 
     if let Some(file) = &options.history {
-        ledger
-            .write(file)
+        history::write(file, &shop, &findings.reads)
             .map_err(|error| format!("cannot write {}: {error}", file.display()))?;
     }
     Ok(report::Report::new(

@@ -2,6 +2,8 @@
 //! deployment whose database one cannot reach; and to the tables as well, if
 //! their URL is given.
 
+mod changes;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
@@ -13,12 +15,15 @@ use serde_json::Value;
 use sqlx::{Connection, postgres::PgConnectOptions};
 use tokio::{sync::Semaphore, task::JoinSet};
 
+pub use changes::Finding;
+
 use super::{
     Options,
-    customers::Shop,
-    ledger::{Answer, Said},
+    customers::{Keyed, Shop},
+    history::Read,
+    ledger::{Answer, KeyId, Operation, Said},
     proxy::{Reply, Routing, Service},
-    script::Fate,
+    script::{Fate, Kind},
 };
 use crate::{
     cli::Failure,
@@ -29,14 +34,21 @@ use crate::{
 /// ids begin with the clock of the replica that gave them out.
 const CLOCKS_OFF_SECONDS: i64 = 3 * 60 * 60;
 
-/// What is not as it has to be, by customer.
+/// What is not as it has to be, by customer, or by key where it may be the key of
+/// a change too.
 #[derive(Debug, Default)]
 pub struct Findings {
     pub charges: usize,
     pub double: BTreeSet<u32>,
     pub lost: BTreeSet<u32>,
-    pub differing: BTreeSet<u32>,
-    pub unanswered: BTreeSet<u32>,
+    pub differing: BTreeSet<KeyId>,
+    pub unanswered: BTreeSet<KeyId>,
+    /// Of captures and refunds: the keys, or the charges, that are affected.
+    pub changes: BTreeMap<Finding, BTreeSet<String>>,
+    /// The customers who did more than pay, and what came of it.
+    pub changing: changes::Counts,
+    /// How their charges stand.
+    pub reads: Vec<Read>,
     /// Whether the questions were put; without them only `differing` is known.
     pub audited: bool,
     /// What the tables say that the API does not.
@@ -45,11 +57,16 @@ pub struct Findings {
 
 impl Findings {
     /// What the answers alone show.
-    pub fn without_audit(shop: &Shop, customers: u32) -> Self {
+    pub fn without_audit(shop: &Shop) -> Self {
+        let mut differing = BTreeSet::new();
+        shop.ledger.for_each(|key, operations| {
+            let kind = operations.first().map(|operation| operation.kind);
+            if kind.is_some_and(|kind| differ(shop, kind, &distinct(operations))) {
+                differing.insert(key);
+            }
+        });
         Self {
-            differing: (0..customers)
-                .filter(|&customer| answers(shop, customer).len() > 1)
-                .collect(),
+            differing,
             ..Self::default()
         }
     }
@@ -71,50 +88,79 @@ pub async fn run(
         charges: charges.values().map(Vec::len).sum(),
         ..Findings::default()
     };
+    let mut acknowledged = Acknowledged::default();
     for customer in 0..customers {
         let made = charges.get(&customer).map_or(&[][..], Vec::as_slice);
         if made.len() > 1 {
             findings.double.insert(customer);
         }
-        let answers = answers(shop, customer);
-        if answers.len() > 1 {
-            findings.differing.insert(customer);
+        let key = KeyId::charge(customer);
+        let answers = answers(shop, key);
+        if differ(shop, Kind::Charge, &answers) {
+            findings.differing.insert(key);
         }
-        for answer in answers {
+        for (_, answer) in answers {
             // A charge that was told of has to be there.
             let there = answer.charge_id().is_some_and(|id| made.contains(&id));
             if !there {
                 findings.lost.insert(customer);
             }
+            acknowledged.charges.extend(answer.charge_id());
         }
     }
+    changes::audit(shop, service, customers, &mut findings, &mut acknowledged).await?;
     if let Some(url) = &options.database_url {
-        findings.tables = Some(read_tables(url, shop).await?);
+        findings.tables = Some(read_tables(url, shop, &acknowledged).await?);
     }
     Ok(findings)
 }
 
-/// All different answers that were given under a customer's key.
-fn answers(shop: &Shop, customer: u32) -> Vec<Answer> {
+/// What the service has said that it did, for the tables to confirm.
+#[derive(Debug, Default)]
+struct Acknowledged {
+    charges: Vec<String>,
+    /// The charges, and what was captured of them.
+    captures: Vec<(String, i64)>,
+    refunds: Vec<String>,
+}
+
+/// All different answers that were given under a key, each with the cart that it
+/// answered.
+fn answers(shop: &Shop, key: KeyId) -> Vec<(u8, Answer)> {
+    distinct(&shop.ledger.operations(key))
+}
+
+fn distinct(operations: &[Operation]) -> Vec<(u8, Answer)> {
     let mut answers = Vec::new();
-    for operation in shop.ledger.operations(customer) {
-        if let Said::Answer(answer) = operation.said
-            && !answers.contains(&answer)
-        {
-            answers.push(answer);
+    for operation in operations {
+        if let Said::Answer(answer) = &operation.said {
+            let answer = (operation.cart, answer.clone());
+            if !answers.contains(&answer) {
+                answers.push(answer);
+            }
         }
     }
     answers
 }
 
-/// Without faults in between. Says whose keys have no answer, or one that is
-/// not replayed when it is asked for again.
+/// Whether they are more than one answer. With expiring answers two refusals, or
+/// two states of a charge, may be one.
+fn differ(shop: &Shop, kind: Kind, answers: &[(u8, Answer)]) -> bool {
+    let mut compared = answers
+        .iter()
+        .map(|(_, answer)| shop.compared(kind, answer.clone()));
+    let first = compared.next();
+    compared.any(|other| Some(other) != first)
+}
+
+/// Without faults in between. Says which keys have no answer, or one that is not
+/// replayed when it is asked for again.
 async fn ask_every_key_once_more(
     shop: &Arc<Shop>,
     service: &Arc<Service>,
     customers: u32,
     progress: &ProgressBar,
-) -> BTreeSet<u32> {
+) -> BTreeSet<KeyId> {
     let door = Arc::new(Semaphore::new(32));
     let mut asking = JoinSet::new();
     for customer in 0..customers {
@@ -123,37 +169,51 @@ async fn ask_every_key_once_more(
         };
         let (shop, service, progress) = (Arc::clone(shop), Arc::clone(service), progress.clone());
         asking.spawn(async move {
-            let answered = has_an_answer(&shop, &service, customer).await;
+            let changes = shop.begun(customer).map(|begun| begun.changes);
+            let mut unanswered = Vec::new();
+            // In this order: the last that were begun may not have arrived yet.
+            for keyed in [shop.charge(customer)]
+                .into_iter()
+                .chain(changes.into_iter().flatten())
+            {
+                if !has_an_answer(&shop, &service, &keyed).await {
+                    unanswered.push(keyed.id);
+                }
+            }
             progress.inc(1);
             drop(permit);
-            (customer, answered)
+            unanswered
         });
     }
     let mut unanswered = BTreeSet::new();
-    while let Some(Ok((customer, answered))) = asking.join_next().await {
-        if !answered {
-            unanswered.insert(customer);
-        }
+    while let Some(Ok(keys)) = asking.join_next().await {
+        unanswered.extend(keys);
     }
     unanswered
 }
 
-async fn has_an_answer(shop: &Shop, service: &Service, customer: u32) -> bool {
+async fn has_an_answer(shop: &Shop, service: &Service, keyed: &Keyed) -> bool {
     for cart in [0, 1] {
         // The first question may be the first that arrives at all; the second,
         // at another replica, has to be a replay.
-        let Some(first) = ask(shop, service, customer, cart, 0).await else {
+        let Some(first) = ask(shop, service, keyed, cart, 0).await else {
             return false;
         };
-        if first.said() == Said::Reused {
-            continue;
-        }
-        let Some(second) = ask(shop, service, customer, cart, 1).await else {
+        let Said::Answer(answer) = first.said(keyed.kind) else {
+            if first.said(keyed.kind) == Said::Reused {
+                continue;
+            }
             return false;
         };
-        return matches!(first.said(), Said::Answer(_))
-            && first.said() == second.said()
-            && second.replayed;
+        let Some(second) = ask(shop, service, keyed, cart, 1).await else {
+            return false;
+        };
+        let Said::Answer(again) = second.said(keyed.kind) else {
+            return false;
+        };
+        // What expired in between may have been decided again.
+        let replayed = second.replayed || (shop.answers_expire && keyed.kind != Kind::Charge);
+        return replayed && shop.compared(keyed.kind, answer) == shop.compared(keyed.kind, again);
     }
     false
 }
@@ -161,24 +221,24 @@ async fn has_an_answer(shop: &Shop, service: &Service, customer: u32) -> bool {
 async fn ask(
     shop: &Shop,
     service: &Service,
-    customer: u32,
+    keyed: &Keyed,
     cart: u8,
     replica: usize,
 ) -> Option<Reply> {
     let give_up = Instant::now() + shop.patience;
     loop {
         let routing = Routing {
-            customer,
+            key: keyed.id,
+            kind: keyed.kind,
             cart,
-            replica: customer as usize + replica,
+            replica: keyed.id.customer as usize + replica,
             fate: Fate::Passed,
             delay_ms: 0,
         };
-        let reply = service
-            .charge(routing, &shop.key(customer), shop.body(customer, cart))
-            .await;
+        let body = keyed.bodies[usize::from(cart)].clone();
+        let reply = service.ask(routing, &keyed.path, &keyed.key, body).await;
         match reply {
-            Some(reply) if reply.said() != Said::Unknown => return Some(reply),
+            Some(reply) if reply.said(keyed.kind) != Said::Unknown => return Some(reply),
             _ if Instant::now() >= give_up => return None,
             _ => tokio::time::sleep(Duration::from_millis(100)).await,
         }
@@ -237,19 +297,25 @@ async fn page(service: &Service, path: &str, patience: Duration) -> Result<Value
     loop {
         match service.get(path).await {
             Some(page) => return Ok(page),
-            None if Instant::now() >= give_up => return Err("the charges cannot be listed".into()),
+            None if Instant::now() >= give_up => {
+                return Err(format!("{path} cannot be read").into());
+            }
             None => tokio::time::sleep(Duration::from_millis(100)).await,
         }
     }
 }
 
 /// What is wrong in the tables with the keys of this run; rides out a restart.
-async fn read_tables(url: &str, shop: &Shop) -> Result<Vec<String>, Failure> {
+async fn read_tables(
+    url: &str,
+    shop: &Shop,
+    acknowledged: &Acknowledged,
+) -> Result<Vec<String>, Failure> {
     let options = db::connect_options(url)
         .map_err(|error| format!("--database-url cannot be used: {error}"))?;
     let give_up = Instant::now() + shop.patience;
     loop {
-        let error = match look_into_tables(&options, &shop.mark).await {
+        let error = match look_into_tables(&options, &shop.mark, acknowledged).await {
             Ok(findings) => return Ok(findings),
             Err(error) => error,
         };
@@ -268,13 +334,15 @@ async fn read_tables(url: &str, shop: &Shop) -> Result<Vec<String>, Failure> {
 async fn look_into_tables(
     options: &PgConnectOptions,
     mark: &str,
+    acknowledged: &Acknowledged,
 ) -> Result<Vec<String>, sqlx::Error> {
     let mut conn = db::connect(options).await?;
     let ours = format!("storm-{mark}-%");
     let found = sqlx::query!(
         r#"
         with keys as (
-            select * from idempotency_keys where key like $1
+            select * from idempotency_keys
+            where key like $1 and key !~ '-(capture|refund)-[0-9]+$'
         ), made as (
             select * from charges where idempotency_key like $1
         )
@@ -310,12 +378,21 @@ async fn look_into_tables(
         union all
         select 'a charge is pending under the key ' || idempotency_key from made where status = 'pending'
         union all
-        select 'a lock without an owner on the key ' || key from keys where response_status is null
+        select 'a lock without an owner on the key ' || key
+        from idempotency_keys where key like $1 and response_status is null
+        union all
+        select 'an acknowledged charge is not there: ' || told.id
+        from unnest($2::text[]) as told (id)
+        left join made on 'ch_' || replace(made.charge_id::text, '-', '') = told.id
+        where made.charge_id is null
         "#,
-        ours
+        ours,
+        &acknowledged.charges
     )
     .fetch_all(&mut conn)
     .await?;
+    let mut found: Vec<_> = found.into_iter().map(|row| row.finding).collect();
+    found.extend(changes::look_into_tables(&mut conn, &ours, acknowledged).await?);
     conn.close().await?;
-    Ok(found.into_iter().map(|row| row.finding).collect())
+    Ok(found)
 }

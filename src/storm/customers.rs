@@ -1,9 +1,11 @@
-//! Customers who each want to pay once, and the clients that they use.
+//! Customers who each want to pay once, and the clients that they use. Some
+//! capture what they authorised, some want their money back.
 
 use std::{
+    collections::BTreeMap,
     net::SocketAddr,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU32, AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -12,32 +14,60 @@ use std::{
 use axum::body::Bytes;
 use indicatif::ProgressBar;
 use rand::RngExt;
-use serde_json::json;
+use serde_json::{Value, json};
 use tokio::{sync::Semaphore, task::JoinSet};
 
 use super::{
     Options,
+    ledger::{Answer, KeyId, Ledger, Said},
     proxy::Routing,
-    script::{Dice, Fate, Script},
+    script::{Dice, Draft, Fate, Habits, Kind, Plan, Share, Step},
 };
-use crate::{cli::Failure, storm::ledger::Ledger};
+use crate::cli::Failure;
 
 /// The pauses of Stripe's SDKs, a twentieth as long, so that a storm of
 /// thousands does not take hours: they double from here to there, with jitter.
 const PAUSE_MIN: Duration = Duration::from_millis(25);
 const PAUSE_MAX: Duration = Duration::from_millis(400);
 
+/// A customer comes with one key less often than this.
+const SESSIONS_MAX: u16 = 8;
+
 /// How the asking ended for one wish.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ended {
-    /// 200 or 402.
-    Answered,
+    /// With an outcome.
+    Answered(Answer),
     /// 422.
     Reused,
     /// Refused for good in another way.
     Refused,
     /// The patience was over.
     GaveUp,
+}
+
+/// What is asked for under one key.
+#[derive(Debug, Clone)]
+pub struct Keyed {
+    pub id: KeyId,
+    pub kind: Kind,
+    pub key: String,
+    pub path: String,
+    /// The first request, and the changed one: cart 0 and cart 1.
+    pub bodies: [Bytes; 2],
+    /// What they say of the amount, if anything.
+    pub amounts: [Option<i64>; 2],
+}
+
+/// What a customer has begun to change, and of which charge.
+#[derive(Debug, Clone)]
+pub struct Begun {
+    pub charge_id: String,
+    /// Of the charge.
+    pub amount: i64,
+    /// Whether the charge took no money yet.
+    pub authorised: bool,
+    pub changes: Vec<Keyed>,
 }
 
 /// What the customers lived through.
@@ -67,6 +97,9 @@ pub struct Shop {
     proxy: SocketAddr,
     http: reqwest::Client,
     pub ledger: Arc<Ledger>,
+    /// Whether answers expire while the storm blows.
+    pub answers_expire: bool,
+    begun: Mutex<BTreeMap<u32, Begun>>,
     fates: [AtomicU64; Fate::ALL.len()],
     latencies_ms: Mutex<Vec<f64>>,
 }
@@ -80,7 +113,7 @@ impl Shop {
         ledger: Arc<Ledger>,
     ) -> Result<Self, Failure> {
         Ok(Self {
-            dice: Dice::new(seed, options.weather),
+            dice: Dice::new(seed, options.weather, options.changes),
             mark: mark.to_owned(),
             customers: options.customers,
             concurrency: options.concurrency,
@@ -88,6 +121,8 @@ impl Shop {
             proxy,
             http: reqwest::Client::builder().no_proxy().build()?,
             ledger,
+            answers_expire: options.answers_expire,
+            begun: Mutex::default(),
             fates: Default::default(),
             latencies_ms: Mutex::default(),
         })
@@ -98,26 +133,65 @@ impl Shop {
         format!("cus_storm_{}_{customer}", self.mark)
     }
 
-    /// The key under which the customer pays.
-    pub fn key(&self, customer: u32) -> String {
-        format!("storm-{}-{customer}", self.mark)
-    }
-
-    /// What the customer wants: cart 0 is the first one, 1 the changed one.
-    pub fn body(&self, customer: u32, cart: u8) -> Bytes {
+    /// What the customer pays, and under which key.
+    pub fn charge(&self, customer: u32) -> Keyed {
         let script = self.dice.customer(customer);
         let source = if script.declines {
             "tok_chargeDeclined"
         } else {
             "tok_visa"
         };
-        let body = json!({
-            "amount": script.amount + i64::from(cart),
-            "currency": "usd",
-            "customer": self.customer_id(customer),
-            "source": source,
+        let amounts = [script.amount, script.amount + 1];
+        let authorises = self.dice.plan(customer).is_some_and(|plan| plan.authorises);
+        let bodies = amounts.map(|amount| {
+            let mut body = json!({
+                "amount": amount,
+                "currency": "usd",
+                "customer": self.customer_id(customer),
+                "source": source,
+            });
+            if authorises {
+                body["capture"] = json!(false);
+            }
+            body.to_string().into()
         });
-        body.to_string().into()
+        Keyed {
+            id: KeyId::charge(customer),
+            kind: Kind::Charge,
+            key: format!("storm-{}-{customer}", self.mark),
+            path: "/v1/charges".to_owned(),
+            bodies,
+            amounts: amounts.map(Some),
+        }
+    }
+
+    /// What the customer has begun to change.
+    pub fn begun(&self, customer: u32) -> Option<Begun> {
+        self.all_begun().get(&customer).cloned()
+    }
+
+    fn all_begun(&self) -> MutexGuard<'_, BTreeMap<u32, Begun>> {
+        self.begun.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What of an answer has to be the same each time it is given.
+    pub fn compared(&self, kind: Kind, answer: Answer) -> Answer {
+        if self.answers_expire {
+            answer.lasting(kind)
+        } else {
+            answer
+        }
+    }
+
+    /// A customer's key by its name in reports: that of a charge is its customer.
+    pub fn name(&self, id: KeyId) -> String {
+        match id.number {
+            0 => self.customer_id(id.customer),
+            number => self
+                .begun(id.customer)
+                .and_then(|begun| Some(begun.changes.get(usize::from(number) - 1)?.key.clone()))
+                .unwrap_or_else(|| self.customer_id(id.customer)),
+        }
     }
 
     /// Lets all customers in, so many at a time, and comes back when the last
@@ -130,10 +204,14 @@ impl Shop {
     ) -> Results {
         let started = Instant::now();
         let came = AtomicU32::new(0);
+        let mut inside = JoinSet::new();
         let cut_short = tokio::select! {
-            () = self.let_all_in(progress, &came) => false,
+            () = self.let_all_in(&mut inside, progress, &came) => false,
             () = interrupt => true,
         };
+        // And waits for it: nobody begins anything while the audit reads what was
+        // begun.
+        inside.shutdown().await;
         Results {
             customers: came.into_inner(),
             cut_short,
@@ -149,10 +227,13 @@ impl Shop {
         }
     }
 
-    async fn let_all_in(self: &Arc<Self>, progress: &ProgressBar, came: &AtomicU32) {
+    async fn let_all_in(
+        self: &Arc<Self>,
+        inside: &mut JoinSet<()>,
+        progress: &ProgressBar,
+        came: &AtomicU32,
+    ) {
         let door = Arc::new(Semaphore::new(self.concurrency as usize));
-        // Dropped in the middle, it ends all that are inside.
-        let mut inside = JoinSet::new();
         for customer in 0..self.customers {
             // The door is never closed.
             let Ok(permit) = Arc::clone(&door).acquire_owned().await else {
@@ -172,44 +253,139 @@ impl Shop {
     }
 
     async fn serve(&self, customer: u32) {
-        let Script {
-            double_clicks,
-            changes_cart,
-            comes_back,
-            ..
-        } = self.dice.customer(customer);
-        if changes_cart {
-            // The first try, and no answer that is waited for.
-            self.ask_once(customer, 0, 0, 0).await;
+        let charge = self.charge(customer);
+        let habits = self.dice.customer(customer).habits;
+        let answer = self.insist(&charge, habits).await;
+        let Some(plan) = self.dice.plan(customer) else {
+            return;
+        };
+        let charge: Option<Value> = answer
+            .filter(|answer| answer.status == 200)
+            .and_then(|answer| serde_json::from_str(&answer.body).ok());
+        if let Some(charge) = charge {
+            self.change(customer, plan, &charge).await;
         }
-        let cart = u8::from(changes_cart);
-        let ended = if double_clicks {
-            let (first, second) =
-                tokio::join!(self.ask(customer, 1, cart), self.ask(customer, 2, cart));
-            if first == Ended::Answered {
+    }
+
+    /// Captures and refunds as planned, as long as there are answers: before the
+    /// outcome of a step is known nobody takes the next.
+    async fn change(&self, customer: u32, plan: Plan, charge: &Value) {
+        let (Some(id), Some(amount)) = (charge["id"].as_str(), charge["amount"].as_i64()) else {
+            return;
+        };
+        let begun = Begun {
+            charge_id: id.to_owned(),
+            amount,
+            authorised: plan.authorises,
+            changes: vec![],
+        };
+        self.all_begun().insert(customer, begun);
+        // What shares are taken of: the amount, and what was captured of it.
+        let mut whole = amount;
+        for step in plan.steps {
+            let start = |draft| self.begin(customer, draft, whole);
+            let insist = async |change: &Keyed| {
+                let habits = self.dice.habits(customer, change.id.number);
+                self.insist(change, habits).await
+            };
+            let answers = match step {
+                Step::One(draft) => vec![insist(&start(draft)).await],
+                Step::AtOnce(one, other) => {
+                    let (one, other) = (start(one), start(other));
+                    let (one, other) = tokio::join!(insist(&one), insist(&other));
+                    vec![one, other]
+                }
+            };
+            for answer in answers {
+                let Some(answer) = answer else { return };
+                let body: Value = serde_json::from_str(&answer.body).unwrap_or_default();
+                if let Some(captured) = body["amount_captured"].as_i64() {
+                    whole = captured;
+                }
+            }
+        }
+    }
+
+    /// Notes what is about to be asked for.
+    fn begin(&self, customer: u32, Draft { kind, share }: Draft, whole: i64) -> Keyed {
+        let mut all = self.all_begun();
+        let begun = all.get_mut(&customer).expect("noted when it began");
+        let number = u8::try_from(begun.changes.len() + 1).expect("plans are short");
+        let amounts = match share {
+            Share::All => [None, None],
+            Share::Thousandths(share) => {
+                let amount = (whole * share / 1000).max(1);
+                [Some(amount), Some(amount + 1)]
+            }
+        };
+        let key = format!("storm-{}-{customer}-{}-{number}", self.mark, kind.name());
+        let path = match kind {
+            Kind::Capture => format!("/v1/charges/{}/capture", begun.charge_id),
+            Kind::Charge | Kind::Refund => "/v1/refunds".to_owned(),
+        };
+        let bodies = amounts.map(|amount| {
+            let mut body = json!({});
+            if let Some(amount) = amount {
+                body["amount"] = json!(amount);
+            }
+            if kind == Kind::Refund {
+                body["charge"] = json!(begun.charge_id);
+                // By which the audit knows it again.
+                body["metadata"] = json!({ "storm_key": key });
+            }
+            body.to_string().into()
+        });
+        let change = Keyed {
+            id: KeyId { customer, number },
+            kind,
+            key,
+            path,
+            bodies,
+            amounts,
+        };
+        begun.changes.push(change.clone());
+        change
+    }
+
+    /// One customer's whole way with one key. `None` if it ends without an outcome.
+    async fn insist(&self, keyed: &Keyed, habits: Habits) -> Option<Answer> {
+        // A request that names no amount has no other to change to.
+        let changes_amount = habits.changes_amount && keyed.bodies[0] != keyed.bodies[1];
+        if changes_amount {
+            // The first try, and no answer that is waited for.
+            self.ask_once(keyed, 0, 0, 0).await;
+        }
+        let cart = u8::from(changes_amount);
+        let mut ended = if habits.double_clicks {
+            let (first, second) = tokio::join!(self.ask(keyed, 1, cart), self.ask(keyed, 2, cart));
+            if matches!(first, Ended::Answered(_)) {
                 first
             } else {
                 second
             }
         } else {
-            self.ask(customer, 1, cart).await
+            self.ask(keyed, 1, cart).await
         };
         if ended == Ended::Reused {
             // The key was used with the first cart: that is what was bought.
-            self.ask(customer, 3, 0).await;
-        } else if comes_back {
+            ended = self.ask(keyed, 3, 0).await;
+        } else if habits.comes_back {
             let pause = Duration::from_millis(rand::rng().random_range(50..500));
             tokio::time::sleep(pause).await;
-            self.ask(customer, 4, cart).await;
+            self.ask(keyed, 4, cart).await;
+        }
+        match ended {
+            Ended::Answered(answer) => Some(answer),
+            Ended::Reused | Ended::Refused | Ended::GaveUp => None,
         }
     }
 
     /// Asks until there is an answer.
-    async fn ask(&self, customer: u32, session: u16, cart: u8) -> Ended {
+    async fn ask(&self, keyed: &Keyed, session: u16, cart: u8) -> Ended {
         let give_up = Instant::now() + self.patience;
         let mut pause = PAUSE_MIN;
         for attempt in 0.. {
-            if let Some(ended) = self.ask_once(customer, session, attempt, cart).await {
+            if let Some(ended) = self.ask_once(keyed, session, attempt, cart).await {
                 return ended;
             }
             let jittered = pause.mul_f64(rand::rng().random_range(0.5..1.0));
@@ -223,9 +399,13 @@ impl Shop {
     }
 
     /// One request; `None` if it has to be asked again.
-    async fn ask_once(&self, customer: u32, session: u16, attempt: u16, cart: u8) -> Option<Ended> {
-        let course = self.dice.request(customer, session, attempt);
+    async fn ask_once(&self, keyed: &Keyed, session: u16, attempt: u16, cart: u8) -> Option<Ended> {
+        let KeyId { customer, number } = keyed.id;
+        let drawn = u16::from(number) * SESSIONS_MAX + session;
+        let course = self.dice.request(customer, drawn, attempt);
+        // Clients who come at once come to different replicas.
         let replica = customer as usize
+            + usize::from(number)
             + usize::from(session)
             + if course.switches {
                 usize::from(attempt)
@@ -233,7 +413,8 @@ impl Shop {
                 0
             };
         let routing = Routing {
-            customer,
+            key: keyed.id,
+            kind: keyed.kind,
             cart,
             replica,
             fate: course.fate,
@@ -246,10 +427,10 @@ impl Shop {
         let sent = Instant::now();
         let response = self
             .http
-            .post(format!("http://{}/v1/charges", self.proxy))
+            .post(format!("http://{}{}", self.proxy, keyed.path))
             .header(name, value)
-            .header("idempotency-key", self.key(customer))
-            .body(self.body(customer, cart))
+            .header("idempotency-key", &keyed.key)
+            .body(keyed.bodies[usize::from(cart)].clone())
             .send()
             .await
             .ok()?;
@@ -260,15 +441,16 @@ impl Shop {
                 .get("stripe-should-retry")
                 .map(|value| value == "true"),
         );
-        response.bytes().await.ok()?;
+        let body = response.bytes().await.ok()?;
         let latency_ms = sent.elapsed().as_secs_f64() * 1000.0;
         self.latencies_ms
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .push(latency_ms);
-        match status {
-            200 | 402 => Some(Ended::Answered),
-            422 => Some(Ended::Reused),
+        let body = String::from_utf8_lossy(&body).into();
+        match Said::of(keyed.kind, status, &body) {
+            Said::Answer(answer) => Some(Ended::Answered(answer)),
+            Said::Reused => Some(Ended::Reused),
             // As Stripe's SDKs decide it.
             _ if should_retry.unwrap_or(status == 409 || status >= 500) => None,
             _ => Some(Ended::Refused),

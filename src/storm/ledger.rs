@@ -2,20 +2,35 @@
 
 use std::{
     collections::BTreeMap,
-    hash::{DefaultHasher, Hash, Hasher},
-    io::Write,
-    path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
-use serde::Serialize;
 use serde_json::Value;
+
+use super::script::Kind;
+
+/// A key: of a customer's charge, which is number 0, or of one of its changes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct KeyId {
+    pub customer: u32,
+    pub number: u8,
+}
+
+impl KeyId {
+    pub fn charge(customer: u32) -> Self {
+        Self {
+            customer,
+            number: 0,
+        }
+    }
+}
 
 /// What the service said to one request.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Said {
-    /// An outcome: 200 or 402. The bytes are kept, since they must not differ.
+    /// An outcome: 200 or 402, or that the charge does not allow the change. The
+    /// bytes are kept, since they must not differ.
     Answer(Answer),
     /// 422: the key belongs to another request.
     Reused,
@@ -26,6 +41,38 @@ pub enum Said {
     /// There was no connection, so it was never sent.
     Unreached,
 }
+
+impl Said {
+    /// What a status and a body mean for a key.
+    pub fn of(kind: Kind, status: u16, body: &Arc<str>) -> Self {
+        let answer = || Answer {
+            status,
+            body: Arc::clone(body),
+        };
+        match status {
+            200 => Self::Answer(answer()),
+            402 if kind == Kind::Charge => Self::Answer(answer()),
+            400 if kind != Kind::Charge
+                && answer()
+                    .refusal()
+                    .is_some_and(|code| REFUSALS.contains(&&*code)) =>
+            {
+                Self::Answer(answer())
+            }
+            422 => Self::Reused,
+            409 | 500.. => Self::Unknown,
+            _ => Self::Refused,
+        }
+    }
+}
+
+/// What a charge's state can forbid, in `error.code`.
+const REFUSALS: [&str; 4] = [
+    "amount_too_large",
+    "charge_already_captured",
+    "charge_already_refunded",
+    "charge_not_captured",
+];
 
 /// An outcome.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
@@ -45,11 +92,43 @@ impl Answer {
         };
         id.as_str().map(str::to_owned)
     }
+
+    /// Why it is a refusal, if it is one.
+    pub fn refusal(&self) -> Option<String> {
+        let body: Value = (self.status != 200).then(|| serde_json::from_str(&self.body).ok())??;
+        body["error"]["code"].as_str().map(str::to_owned)
+    }
+
+    /// What of it has to stay the same once answers expire while the storm blows.
+    /// A charge's answer is written anew, and tells its present state; a refund's
+    /// is written anew too, and a refund never changes; a refusal is decided
+    /// again; a capture is forgotten together with its answer, and refused then.
+    pub fn lasting(self, kind: Kind) -> Self {
+        let nothing = Self {
+            status: 0,
+            body: "".into(),
+        };
+        match (kind, self.status) {
+            (Kind::Capture, _) | (Kind::Refund, 400) => nothing,
+            (Kind::Charge, 200) => match serde_json::from_str::<Value>(&self.body) {
+                Ok(Value::Object(mut charge)) => {
+                    for name in ["amount_captured", "amount_refunded", "captured", "refunded"] {
+                        charge.remove(name);
+                    }
+                    let body = Value::Object(charge).to_string().into();
+                    Self { body, ..self }
+                }
+                _ => self,
+            },
+            _ => self,
+        }
+    }
 }
 
 /// One request that was forwarded.
 #[derive(Debug, Clone)]
 pub struct Operation {
+    pub kind: Kind,
     /// Which request it was: the customer's first cart, or the changed one.
     pub cart: u8,
     pub called: Duration,
@@ -66,7 +145,7 @@ pub struct Operation {
 #[derive(Debug)]
 pub struct Ledger {
     started: Instant,
-    keys: Mutex<BTreeMap<u32, Vec<Operation>>>,
+    keys: Mutex<BTreeMap<KeyId, Vec<Operation>>>,
 }
 
 impl Ledger {
@@ -81,59 +160,24 @@ impl Ledger {
         self.started.elapsed()
     }
 
-    /// The key of this customer was asked for.
-    pub fn record(&self, customer: u32, operation: Operation) {
-        self.keys().entry(customer).or_default().push(operation);
+    /// This key was asked for.
+    pub fn record(&self, key: KeyId, operation: Operation) {
+        self.keys().entry(key).or_default().push(operation);
     }
 
-    fn keys(&self) -> MutexGuard<'_, BTreeMap<u32, Vec<Operation>>> {
+    fn keys(&self) -> MutexGuard<'_, BTreeMap<KeyId, Vec<Operation>>> {
         self.keys.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Of one key.
-    pub fn operations(&self, customer: u32) -> Vec<Operation> {
-        self.keys().get(&customer).cloned().unwrap_or_default()
+    pub fn operations(&self, key: KeyId) -> Vec<Operation> {
+        self.keys().get(&key).cloned().unwrap_or_default()
     }
 
-    /// A line per request, times in nanoseconds since the start: `key`, `cart`,
-    /// `called`, `returned` (null if nothing came back), and `said`:
-    /// `answer` with a digest of status and body, `reused` or `unknown`.
-    pub fn write(&self, file: &Path) -> std::io::Result<()> {
-        #[derive(Serialize)]
-        struct Line {
-            key: u32,
-            cart: u8,
-            called: u64,
-            returned: Option<u64>,
-            said: &'static str,
-            digest: Option<u64>,
+    /// Of all keys.
+    pub fn for_each(&self, mut look: impl FnMut(KeyId, &[Operation])) {
+        for (key, operations) in self.keys().iter() {
+            look(*key, operations);
         }
-        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        let mut out = std::io::BufWriter::new(std::fs::File::create(file)?);
-        for (&key, operations) in self.keys().iter() {
-            for operation in operations {
-                let (said, digest) = match &operation.said {
-                    Said::Answer(answer) => {
-                        let mut hasher = DefaultHasher::new();
-                        answer.hash(&mut hasher);
-                        ("answer", Some(hasher.finish()))
-                    }
-                    Said::Reused => ("reused", None),
-                    Said::Unreached => continue,
-                    Said::Refused | Said::Unknown => ("unknown", None),
-                };
-                let line = Line {
-                    key,
-                    cart: operation.cart,
-                    called: nanos(operation.called),
-                    returned: operation.returned.map(nanos),
-                    said,
-                    digest,
-                };
-                serde_json::to_writer(&mut out, &line)?;
-                out.write_all(b"\n")?;
-            }
-        }
-        out.flush()
     }
 }

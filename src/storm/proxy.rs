@@ -19,15 +19,16 @@ use serde_json::Value;
 use tokio::net::TcpListener;
 
 use super::{
-    ledger::{Answer, Ledger, Operation, Said},
-    script::Fate,
+    ledger::{KeyId, Ledger, Operation, Said},
+    script::{Fate, Kind},
 };
 use crate::cli::Failure;
 
-/// Which customer's key, which cart, which replica, and what happens on the way.
+/// Which key, which cart, which replica, and what happens on the way.
 #[derive(Debug, Clone, Copy)]
 pub struct Routing {
-    pub customer: u32,
+    pub key: KeyId,
+    pub kind: Kind,
     pub cart: u8,
     pub replica: usize,
     pub fate: Fate,
@@ -40,7 +41,8 @@ impl Routing {
     /// For the header that the proxy takes off.
     pub fn header(&self) -> (&'static str, String) {
         let Self {
-            customer,
+            key: KeyId { customer, number },
+            kind,
             cart,
             replica,
             fate,
@@ -48,14 +50,24 @@ impl Routing {
         } = self;
         (
             HEADER,
-            format!("{customer} {cart} {replica} {} {delay_ms}", fate.name()),
+            format!(
+                "{customer} {number} {} {cart} {replica} {} {delay_ms}",
+                kind.name(),
+                fate.name()
+            ),
         )
     }
 
     fn from_headers(headers: &HeaderMap) -> Option<Self> {
         let mut words = headers.get(HEADER)?.to_str().ok()?.split(' ');
         Some(Self {
-            customer: words.next()?.parse().ok()?,
+            key: KeyId {
+                customer: words.next()?.parse().ok()?,
+                number: words.next()?.parse().ok()?,
+            },
+            kind: words
+                .next()
+                .and_then(|name| Kind::ALL.into_iter().find(|kind| kind.name() == name))?,
             cart: words.next()?.parse().ok()?,
             replica: words.next()?.parse().ok()?,
             fate: words
@@ -76,17 +88,9 @@ pub struct Reply {
 }
 
 impl Reply {
-    /// What it means for the key.
-    pub fn said(&self) -> Said {
-        match self.status {
-            200 | 402 => Said::Answer(Answer {
-                status: self.status,
-                body: Arc::clone(&self.body),
-            }),
-            422 => Said::Reused,
-            409 | 500.. => Said::Unknown,
-            _ => Said::Refused,
-        }
+    /// What it means for a key of this kind.
+    pub fn said(&self, kind: Kind) -> Said {
+        Said::of(kind, self.status, &self.body)
     }
 }
 
@@ -148,8 +152,8 @@ impl Service {
         Ok(())
     }
 
-    /// Asks for a charge, and puts what comes back into the ledger.
-    pub async fn charge(&self, routing: Routing, key: &str, body: Bytes) -> Option<Reply> {
+    /// Asks for a charge or a change, and puts what comes back into the ledger.
+    pub async fn ask(&self, routing: Routing, path: &str, key: &str, body: Bytes) -> Option<Reply> {
         let mut entry = Pending {
             service: self,
             routing,
@@ -162,7 +166,7 @@ impl Service {
         let target = &self.targets[routing.replica % self.targets.len()];
         let reply = self
             .http
-            .post(format!("{target}/v1/charges"))
+            .post(format!("{target}{path}"))
             .header("authorization", &self.authorization)
             .header("content-type", "application/json")
             .header("idempotency-key", key)
@@ -173,7 +177,7 @@ impl Service {
             Ok(reply) => {
                 entry.returned = Some(self.ledger.now());
                 entry.status = Some(reply.status);
-                entry.said = reply.said();
+                entry.said = reply.said(routing.kind);
                 entry.replayed = reply.replayed;
             }
             Err(error) if error.is_connect() => entry.said = Said::Unreached,
@@ -240,6 +244,7 @@ struct Pending<'a> {
 impl Drop for Pending<'_> {
     fn drop(&mut self) {
         let operation = Operation {
+            kind: self.routing.kind,
             cart: self.routing.cart,
             called: self.called,
             returned: self.returned,
@@ -247,7 +252,7 @@ impl Drop for Pending<'_> {
             said: self.said.clone(),
             replayed: self.replayed,
         };
-        self.service.ledger.record(self.routing.customer, operation);
+        self.service.ledger.record(self.routing.key, operation);
     }
 }
 
@@ -315,10 +320,12 @@ async fn weather(
         .and_then(|key| key.to_str().ok())
         .ok_or(Cut)?
         .to_owned();
+    let path = parts.uri.path().to_owned();
     let body = body.collect().await.map_err(|_| Cut)?.to_bytes();
     let forward = |routing: Routing| {
-        let (service, key, body) = (Arc::clone(&service), key.clone(), body.clone());
-        async move { service.charge(routing, &key, body).await }
+        let (service, body) = (Arc::clone(&service), body.clone());
+        let (path, key) = (path.clone(), key.clone());
+        async move { service.ask(routing, &path, &key, body).await }
     };
     let pause = Duration::from_millis(routing.delay_ms);
     let reply = match routing.fate {

@@ -7,11 +7,11 @@ use std::{
 
 use serde::Serialize;
 
-use super::NoVerdict;
 use super::{
-    audit::Findings,
+    NoVerdict,
+    audit::{Finding, Findings},
     customers::{Results, Shop},
-    ledger::{Ledger, Said},
+    ledger::{KeyId, Ledger, Said},
     script::Fate,
 };
 use crate::cli::{self, Failure, tell};
@@ -28,6 +28,9 @@ pub struct Report {
     customers: u32,
     /// By Ctrl-C: there were to be more customers, or an audit.
     cut_short: bool,
+    /// So that not every key gives its first answer.
+    #[serde(skip)]
+    answers_expire: bool,
     seconds: f64,
     requests_sent: u64,
     requests_by_fate: BTreeMap<&'static str, u64>,
@@ -35,6 +38,12 @@ pub struct Report {
     answers_by_status: BTreeMap<String, u64>,
     /// Null, as are the counts below, where the audit was cut off.
     charges_made: Option<usize>,
+    /// Customers who did more than pay; captures and refunds that were done, and
+    /// those that the charge did not allow.
+    customers_with_changes: Option<usize>,
+    captures_made: Option<usize>,
+    refunds_made: Option<usize>,
+    changes_refused: Option<usize>,
     /// Keys whose first answer reached nobody: the first that came was a replay.
     first_answers_lost: usize,
     double_charges: Option<usize>,
@@ -42,6 +51,9 @@ pub struct Report {
     /// Without the audit, those that differed until then.
     differing_answers: usize,
     unanswered_keys: Option<usize>,
+    /// Of captures and refunds, each finding by its name.
+    #[serde(flatten)]
+    change_findings: BTreeMap<&'static str, Option<usize>>,
     guilty: Guilty,
     /// What the tables say, if they were asked.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -50,13 +62,16 @@ pub struct Report {
     without_keys: WithoutKeys,
 }
 
-/// Whom it happened to.
+/// Whom it happened to: the customer, where it was the charge's key; the key or
+/// the charge, where it was a change.
 #[derive(Debug, Serialize)]
 struct Guilty {
     double_charges: Vec<String>,
     lost_charges: Vec<String>,
     differing_answers: Vec<String>,
     unanswered_keys: Vec<String>,
+    #[serde(flatten)]
+    changes: BTreeMap<&'static str, Vec<String>>,
 }
 
 #[derive(Debug, Serialize)]
@@ -88,11 +103,20 @@ impl Report {
         let names =
             |customers: &BTreeSet<u32>| customers.iter().map(|&n| shop.customer_id(n)).collect();
         let audited = |count: usize| findings.audited.then_some(count);
+        let keys = |keys: &BTreeSet<KeyId>| keys.iter().map(|&key| shop.name(key)).collect();
+        let changes: BTreeMap<_, Vec<_>> = Finding::ALL
+            .into_iter()
+            .map(|finding| {
+                let names = findings.changes.get(&finding).into_iter().flatten();
+                (finding.name(), names.cloned().collect())
+            })
+            .collect();
         Self {
             seed,
             mark: mark.to_owned(),
             customers: results.customers,
             cut_short: results.cut_short || !findings.audited,
+            answers_expire: shop.answers_expire,
             seconds: results.took.as_secs_f64(),
             requests_sent: results.fates.iter().sum(),
             requests_by_fate: Fate::ALL
@@ -102,16 +126,25 @@ impl Report {
                 .collect(),
             answers_by_status: answers_by_status(ledger, &results),
             charges_made: audited(findings.charges),
-            first_answers_lost: first_answers_lost(ledger, &results),
+            customers_with_changes: audited(findings.changing.customers),
+            captures_made: audited(findings.changing.captures),
+            refunds_made: audited(findings.changing.refunds),
+            changes_refused: audited(findings.changing.refused),
+            first_answers_lost: first_answers_lost(ledger),
             double_charges: audited(findings.double.len()),
             lost_charges: audited(findings.lost.len()),
             differing_answers: findings.differing.len(),
             unanswered_keys: audited(findings.unanswered.len()),
+            change_findings: changes
+                .iter()
+                .map(|(&name, names)| (name, audited(names.len())))
+                .collect(),
             guilty: Guilty {
                 double_charges: names(&findings.double),
                 lost_charges: names(&findings.lost),
-                differing_answers: names(&findings.differing),
-                unanswered_keys: names(&findings.unanswered),
+                differing_answers: keys(&findings.differing),
+                unanswered_keys: keys(&findings.unanswered),
+                changes,
             },
             table_findings: findings.tables,
             without_keys: without_keys(shop, ledger, &results),
@@ -137,20 +170,34 @@ impl Report {
             return Err(format!("the storm found {wrong} (seed {seed})").into());
         }
         let customers = self.customers;
-        let (Some(charges), false) = (self.charges_made, self.cut_short) else {
-            let audited = if self.charges_made.is_some() {
-                "of the customers who came, all have one charge each and one answer"
-            } else {
-                "the charges were not audited"
-            };
+        let made = self.made();
+        let (Some(made), false) = (&made, self.cut_short) else {
+            let audited = made.map_or_else(
+                || "the charges were not audited".to_owned(),
+                |made| format!("nothing was wrong until then: {made}"),
+            );
             let why = format!("the storm was cut short after {customers} customers; {audited}");
             return Err(NoVerdict(why.into()).into());
         };
         tell(&format!(
-            "storm: nothing wrong: {customers} customers sent {} requests, {charges} charges were made, one for each of them, and every key still gives its first answer",
+            "storm: nothing wrong: {customers} customers sent {} requests; {made}",
             self.requests_sent
         ));
         Ok(())
+    }
+
+    /// What a run came to in which nothing is wrong, if it was audited.
+    fn made(&self) -> Option<String> {
+        let (charges, captures, refunds) =
+            (self.charges_made?, self.captures_made?, self.refunds_made?);
+        let answer = if self.answers_expire {
+            "an answer"
+        } else {
+            "its first answer"
+        };
+        Some(format!(
+            "{charges} charges were made, one for each of them, {captures} captures and {refunds} refunds, and every key still gives {answer}"
+        ))
     }
 
     fn wrong(&self) -> String {
@@ -167,25 +214,41 @@ impl Report {
         wrong.join(", ")
     }
 
-    fn counts(&self) -> [(&'static str, Option<usize>, &[String]); 4] {
-        [
+    fn counts(&self) -> Vec<(String, Option<usize>, &[String])> {
+        let mut counts: Vec<(String, Option<usize>, &[String])> = vec![
             (
-                "double charges",
+                "double charges".to_owned(),
                 self.double_charges,
                 &self.guilty.double_charges,
             ),
-            ("lost charges", self.lost_charges, &self.guilty.lost_charges),
             (
-                "differing answers",
+                "lost charges".to_owned(),
+                self.lost_charges,
+                &self.guilty.lost_charges,
+            ),
+            (
+                "differing answers".to_owned(),
                 Some(self.differing_answers),
                 &self.guilty.differing_answers,
             ),
             (
-                "unanswered keys",
+                "unanswered keys".to_owned(),
                 self.unanswered_keys,
                 &self.guilty.unanswered_keys,
             ),
-        ]
+        ];
+        counts.splice(2..2, Finding::ALL.map(|finding| self.of_changes(finding)));
+        counts
+    }
+
+    fn of_changes(&self, finding: Finding) -> (String, Option<usize>, &[String]) {
+        let count = self.change_findings.get(finding.name()).copied().flatten();
+        let names = self
+            .guilty
+            .changes
+            .get(finding.name())
+            .map_or(&[][..], Vec::as_slice);
+        (finding.name().replace('_', " "), count, names)
     }
 
     fn table(&self) -> String {
@@ -215,6 +278,9 @@ impl Report {
         row("latency p99, ms", format!("{:.1}", self.latency_ms.p99));
         row("latency max, ms", format!("{:.1}", self.latency_ms.max));
         row("charges made", known(self.charges_made));
+        row("captures made", known(self.captures_made));
+        row("refunds made", known(self.refunds_made));
+        row("changes refused", known(self.changes_refused));
         row("first answers lost", self.first_answers_lost.to_string());
         row("without keys", String::new());
         row("  charges", self.without_keys.charges.to_string());
@@ -227,7 +293,7 @@ impl Report {
             self.without_keys.overcharged.to_string(),
         );
         for (name, count, _) in self.counts() {
-            row(name, known(count));
+            row(&name, known(count));
         }
         if let Some(findings) = &self.table_findings {
             row("findings in the tables", findings.len().to_string());
@@ -258,35 +324,34 @@ fn named(customers: &[String]) -> String {
 
 fn answers_by_status(ledger: &Ledger, results: &Results) -> BTreeMap<String, u64> {
     let mut counts = BTreeMap::new();
-    for customer in 0..results.customers {
-        for operation in ledger
-            .operations(customer)
-            .iter()
-            .filter(|o| o.called <= results.closed_at)
-        {
-            let name = match operation.status {
-                Some(status) => status.to_string(),
-                None if operation.said == Said::Unreached => "not reached".to_owned(),
-                None => "none".to_owned(),
+    ledger.for_each(|_, operations| {
+        for operation in operations.iter().filter(|o| o.called <= results.closed_at) {
+            let name = match (operation.status, &operation.said) {
+                // What a charge does not allow is told 400 too, and has to be.
+                (Some(400), Said::Refused) => "400 undeserved".to_owned(),
+                (Some(status), _) => status.to_string(),
+                (None, Said::Unreached) => "not reached".to_owned(),
+                (None, _) => "none".to_owned(),
             };
             *counts.entry(name).or_default() += 1;
         }
-    }
+    });
     counts
 }
 
-fn first_answers_lost(ledger: &Ledger, results: &Results) -> usize {
-    let lost = |customer: &u32| {
-        let operations = ledger.operations(*customer);
+fn first_answers_lost(ledger: &Ledger) -> usize {
+    let mut lost = 0;
+    ledger.for_each(|_, operations| {
         let mut answers = operations
             .iter()
             .filter(|o| matches!(o.said, Said::Answer(_)))
             .peekable();
-        answers.peek().is_some() && answers.all(|answer| answer.replayed)
-    };
-    (0..results.customers).filter(lost).count()
+        lost += usize::from(answers.peek().is_some() && answers.all(|answer| answer.replayed));
+    });
+    lost
 }
 
+/// Of the charges alone.
 fn without_keys(shop: &Shop, ledger: &Ledger, results: &Results) -> WithoutKeys {
     let mut sum = WithoutKeys {
         charges: 0,
@@ -298,7 +363,7 @@ fn without_keys(shop: &Shop, ledger: &Ledger, results: &Results) -> WithoutKeys 
         if script.declines {
             continue;
         }
-        let operations = ledger.operations(customer);
+        let operations = ledger.operations(KeyId::charge(customer));
         let mut amounts = operations
             .iter()
             .filter(|o| o.called <= results.closed_at && o.said != Said::Unreached)

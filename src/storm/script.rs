@@ -27,7 +27,8 @@ pub struct Weather {
     switch: f64,
 }
 
-fn probability(text: &str) -> Result<f64, String> {
+/// From a flag.
+pub fn probability(text: &str) -> Result<f64, String> {
     text.parse()
         .ok()
         .filter(|p| (0.0..=1.0).contains(p))
@@ -91,18 +92,73 @@ pub struct Course {
 
 /// What a customer wants and does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "each is a habit that a customer has or not"
-)]
 pub struct Script {
     pub amount: i64,
     pub declines: bool,
+    pub habits: Habits,
+}
+
+/// What a customer does with its charge once it has one: a number of steps, each
+/// when the one before has its answers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// Whether the charge only authorises, and the money is taken by a capture.
+    pub authorises: bool,
+    pub steps: Vec<Step>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Step {
+    One(Draft),
+    /// By two clients at the same time, each under a key of its own.
+    AtOnce(Draft, Draft),
+}
+
+/// A capture or a refund whose amount is not known yet.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Draft {
+    pub kind: Kind,
+    pub share: Share,
+}
+
+/// How much of what can be captured, or of what was.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Share {
+    /// All, which is said by naming no amount.
+    All,
+    /// So many thousandths. More than 1000 have to be refused.
+    Thousandths(i64),
+}
+
+/// What a key is used for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    Charge,
+    Capture,
+    Refund,
+}
+
+impl Kind {
+    pub const ALL: [Self; 3] = [Self::Charge, Self::Capture, Self::Refund];
+
+    /// As it stands in a key, a header and the history.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Charge => "charge",
+            Self::Capture => "capture",
+            Self::Refund => "refund",
+        }
+    }
+}
+
+/// How a customer goes about what it wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Habits {
     /// Submits twice at the same time.
     pub double_clicks: bool,
-    /// Puts something into the cart after the first try, and asks again under
-    /// the old key.
-    pub changes_cart: bool,
+    /// Wants another amount after the first try, and asks again under the old key.
+    pub changes_amount: bool,
     /// Asks again after it has its answer and a pause.
     pub comes_back: bool,
 }
@@ -113,11 +169,17 @@ pub struct Script {
 pub struct Dice {
     seed: u64,
     weather: Weather,
+    /// The share of customers who do more than pay.
+    changes: f64,
 }
 
 impl Dice {
-    pub fn new(seed: u64, weather: Weather) -> Self {
-        Self { seed, weather }
+    pub fn new(seed: u64, weather: Weather, changes: f64) -> Self {
+        Self {
+            seed,
+            weather,
+            changes,
+        }
     }
 
     fn stream(&self, customer: u32, purpose: u32) -> ChaCha8Rng {
@@ -131,10 +193,62 @@ impl Dice {
         Script {
             amount: rng.random_range(100..=100_000),
             declines: rng.random_bool(0.05),
-            double_clicks: rng.random_bool(0.10),
-            changes_cart: rng.random_bool(0.05),
-            comes_back: rng.random_bool(0.20),
+            habits: Habits::draw(&mut rng),
         }
+    }
+
+    /// What a customer does beyond paying, if anything.
+    pub fn plan(&self, customer: u32) -> Option<Plan> {
+        let mut rng = self.stream(customer, PLAN);
+        if !rng.random_bool(self.changes) || self.customer(customer).declines {
+            return None;
+        }
+        let draft = |kind, share| Draft { kind, share };
+        let capture = |share| draft(Kind::Capture, share);
+        let refund = |share| draft(Kind::Refund, share);
+        let part = Share::Thousandths(rng.random_range(100..=900));
+        let most = Share::Thousandths(600);
+        let authorises = rng.random_bool(0.5);
+        let mut steps = Vec::new();
+        if authorises {
+            match rng.random_range(0..5) {
+                0 => steps.push(Step::One(capture(Share::All))),
+                1 => steps.push(Step::One(capture(part))),
+                2 => steps.extend([
+                    Step::One(capture(Share::Thousandths(1500))),
+                    Step::One(capture(Share::All)),
+                ]),
+                3 => steps.push(Step::AtOnce(capture(Share::All), capture(part))),
+                // Of what is not captured a refund is a cancellation.
+                _ => steps.push(Step::AtOnce(capture(part), refund(Share::All))),
+            }
+        }
+        if !authorises || rng.random_bool(0.5) {
+            match rng.random_range(0..5) {
+                0 => steps.push(Step::One(refund(Share::All))),
+                1 => steps.extend([
+                    Step::One(refund(Share::Thousandths(300))),
+                    Step::AtOnce(
+                        refund(Share::Thousandths(200)),
+                        refund(Share::Thousandths(200)),
+                    ),
+                    Step::One(refund(Share::All)),
+                ]),
+                2 => steps.push(Step::AtOnce(refund(Share::All), refund(Share::All))),
+                3 => steps.push(Step::AtOnce(refund(most), refund(most))),
+                _ => steps.extend([
+                    Step::One(refund(most)),
+                    Step::One(refund(most)),
+                    Step::One(refund(Share::All)),
+                ]),
+            }
+        }
+        Some(Plan { authorises, steps })
+    }
+
+    /// How a customer goes about its `number`th change.
+    pub fn habits(&self, customer: u32, number: u8) -> Habits {
+        Habits::draw(&mut self.stream(customer, PLAN - u32::from(number)))
     }
 
     /// Of the `attempt`th request of a customer's `session`th wish.
@@ -166,6 +280,20 @@ impl Dice {
     }
 }
 
+/// The stream of a customer's plan; those of its changes' habits come before it.
+/// The purposes of requests, [`Dice::request`], are far below.
+const PLAN: u32 = u32::MAX;
+
+impl Habits {
+    fn draw(rng: &mut ChaCha8Rng) -> Self {
+        Self {
+            double_clicks: rng.random_bool(0.10),
+            changes_amount: rng.random_bool(0.05),
+            comes_back: rng.random_bool(0.20),
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -182,8 +310,10 @@ mod tests {
     #[test]
     fn a_seed_plays_the_same_again_and_another_seed_does_not() {
         let play = |seed| {
-            let dice = Dice::new(seed, WEATHER);
-            let customers: Vec<_> = (0..100).map(|n| dice.customer(n)).collect();
+            let dice = Dice::new(seed, WEATHER, 0.3);
+            let customers: Vec<_> = (0..100)
+                .map(|n| (dice.customer(n), dice.plan(n), dice.habits(n, 1)))
+                .collect();
             let requests: Vec<_> = (0..100).map(|n| dice.request(n, 0, 3)).collect();
             (customers, requests)
         };
@@ -194,7 +324,7 @@ mod tests {
 
     #[test]
     fn faults_come_as_often_as_they_should() {
-        let dice = Dice::new(1, WEATHER);
+        let dice = Dice::new(1, WEATHER, 0.3);
         let count = |fate| {
             (0..10_000)
                 .filter(|&n| dice.request(n, 0, 0).fate == fate)
@@ -203,5 +333,43 @@ mod tests {
         assert!((900..1100).contains(&count(Fate::Delayed)));
         assert!((400..600).contains(&count(Fate::HungUp)));
         assert!((6200..6800).contains(&count(Fate::Passed)));
+    }
+    #[test]
+    fn as_many_customers_change_their_charges_as_should_and_in_all_ways() {
+        let plans = |changes| {
+            let dice = Dice::new(1, WEATHER, changes);
+            (0..10_000)
+                .filter_map(|n| dice.plan(n))
+                .collect::<Vec<Plan>>()
+        };
+        assert_eq!(plans(0.0), []);
+        // All but those whose card is declined.
+        assert!((9300..9700).contains(&plans(1.0).len()));
+        let plans = plans(0.3);
+        assert!((2600..3100).contains(&plans.len()));
+        let has = |step: fn(&Step) -> bool| plans.iter().any(|plan| plan.steps.iter().any(step));
+        let kinds = |step: &Step| match step {
+            Step::One(draft) => vec![draft.kind],
+            Step::AtOnce(one, other) => vec![one.kind, other.kind],
+        };
+        for wanted in [
+            vec![Kind::Capture],
+            vec![Kind::Refund],
+            vec![Kind::Capture, Kind::Capture],
+            vec![Kind::Refund, Kind::Refund],
+            vec![Kind::Capture, Kind::Refund],
+        ] {
+            let there = plans
+                .iter()
+                .any(|plan| plan.steps.iter().any(|step| kinds(step) == wanted));
+            assert!(there, "nobody does {wanted:?}");
+        }
+        assert!(has(|step| matches!(
+            step,
+            Step::One(Draft {
+                share: Share::Thousandths(1001..),
+                ..
+            })
+        )));
     }
 }

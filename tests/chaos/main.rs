@@ -4,8 +4,10 @@
 //! `cargo test` runs each scenario for a few seconds; `CHAOS_MINUTES` spreads
 //! another time over them. At the end stands a table, and the exit code is not 0
 //! if a scenario has a count other than 0, if its fault did not happen, if the
-//! history of a key is not that of a register that is written once, or if a
-//! request was told anything but 200, 402, 422, 409 or 503.
+//! history of a key is not that of a register that is written once, if the captures
+//! and refunds of a charge have no order that explains their answers, or if a
+//! request was told anything but 200, 402, 422, 409 or 503, or 400 for a change
+//! that the charge does not allow.
 //!
 //! `CHAOS_SEED` plays the customers and the storm's own faults of another run
 //! again; when which fault meets which request is the machine's doing.
@@ -108,8 +110,8 @@ fn setting(name: &str) -> Option<String> {
 
 fn print(rows: &[(&str, Outcome)]) {
     println!(
-        "\n| scenario | seconds | faults | requests | told 409 or 503 | broken off | charges | double | lost | differing | unanswered | tables | history |\n\
-         | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
+        "\n| scenario | seconds | faults | requests | told 409 or 503 | broken off | charges | changes | double | lost | miscounted | differing | unanswered | tables | history |\n\
+         | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
     );
     let mut sum = Row::default();
     for (name, outcome) in rows {
@@ -119,9 +121,11 @@ fn print(rows: &[(&str, Outcome)]) {
                 println!("| {name} | {row} |");
             }
             Outcome::NotHere(why) => {
-                println!("| {name} | not possible here: {why} | | | | | | | | | | | |");
+                println!("| {name} | not possible here: {why} | | | | | | | | | | | | | |");
             }
-            Outcome::Failed(why) => println!("| {name} | failed: {why} | | | | | | | | | | | |"),
+            Outcome::Failed(why) => {
+                println!("| {name} | failed: {why} | | | | | | | | | | | | | |");
+            }
         }
     }
     println!("| all | {sum} |");

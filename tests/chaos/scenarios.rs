@@ -80,7 +80,9 @@ pub struct Row {
     put_off: u64,
     broken_off: u64,
     charges: u64,
-    counts: [u64; 4],
+    /// Captures and refunds that were done.
+    changes: u64,
+    counts: [u64; 5],
     tables: u64,
     /// Of histories that are not in order, why.
     histories: Vec<String>,
@@ -96,6 +98,7 @@ impl Row {
         self.put_off += other.put_off;
         self.broken_off += other.broken_off;
         self.charges += other.charges;
+        self.changes += other.changes;
         for (sum, count) in self.counts.iter_mut().zip(other.counts) {
             *sum += count;
         }
@@ -105,9 +108,9 @@ impl Row {
     }
 
     pub fn verdict(&self) -> Result<(), String> {
-        if self.counts != [0; 4] || self.tables > 0 {
+        if self.counts != [0; 5] || self.tables > 0 {
             return Err(format!(
-                "double, lost, differing, unanswered: {:?}; tables: {}",
+                "double, lost, miscounted, differing, unanswered: {:?}; tables: {}",
                 self.counts, self.tables
             ));
         }
@@ -123,7 +126,7 @@ impl Row {
 
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [double, lost, differing, unanswered] = self.counts;
+        let [double, lost, miscounted, differing, unanswered] = self.counts;
         let history = if self.histories.is_empty() {
             "in order"
         } else {
@@ -131,13 +134,14 @@ impl fmt::Display for Row {
         };
         write!(
             f,
-            "{:.0} | {} | {} | {} | {} | {} | {double} | {lost} | {differing} | {unanswered} | {} | {history}",
+            "{:.0} | {} | {} | {} | {} | {} | {} | {double} | {lost} | {miscounted} | {differing} | {unanswered} | {} | {history}",
             self.seconds,
             self.faults,
             self.requests,
             self.put_off,
             self.broken_off,
             self.charges,
+            self.changes,
             self.tables
         )
     }
@@ -369,6 +373,7 @@ impl Storms {
         let count = |name: &str| report[name].as_u64().unwrap_or(u64::MAX);
         row.requests += count("requests_sent");
         row.charges += count("charges_made");
+        row.changes += count("captures_made") + count("refunds_made");
         for (status, count) in report["answers_by_status"]
             .as_object()
             .into_iter()
@@ -378,7 +383,8 @@ impl Storms {
             match status.as_str() {
                 "409" | "503" => row.put_off += count,
                 "none" => row.broken_off += count,
-                "200" | "402" | "422" | "not reached" => {}
+                // 400 is what a charge does not allow.
+                "200" | "400" | "402" | "422" | "not reached" => {}
                 // 500 is a bug of ours, and none of the storm's requests deserves
                 // another 4xx.
                 other => row.complaints.push(format!(
@@ -387,13 +393,19 @@ impl Storms {
                 )),
             }
         }
-        for (sum, name) in row.counts.iter_mut().zip([
-            "double_charges",
-            "lost_charges",
-            "differing_answers",
-            "unanswered_keys",
+        for (sum, names) in row.counts.iter_mut().zip([
+            &["double_charges", "double_captures", "double_refunds"][..],
+            &["lost_charges", "lost_captures", "lost_refunds"],
+            &[
+                "captures_beyond_amount",
+                "refunds_beyond_captured",
+                "refunds_not_adding_up",
+                "wrong_refusals",
+            ],
+            &["differing_answers"],
+            &["unanswered_keys"],
         ]) {
-            *sum += count(name);
+            *sum += names.iter().map(|name| count(name)).sum::<u64>();
         }
         if self.url.is_some() {
             row.tables += report["table_findings"].as_array().map_or(1, Vec::len) as u64;
@@ -401,10 +413,10 @@ impl Storms {
         if !output.status.success() {
             eprintln!("{said}{report}");
         }
-        match tokio::task::spawn_blocking(move || (history::check(&history), history))
-            .await
-            .unwrap()
-        {
+        let expire = self.arguments.contains(&"--answers-expire");
+        let checked =
+            tokio::task::spawn_blocking(move || (history::check(&history, expire), history));
+        match checked.await.unwrap() {
             (Verdict::Linearizable, history) => std::fs::remove_file(history).unwrap(),
             (verdict, history) => {
                 row.histories.push(format!(
@@ -670,7 +682,10 @@ async fn disk_full(_: Arc<Cluster>, time: Duration) -> Outcome {
         "table charges",
         "table idempotency_keys",
         "index charges_pkey",
+        "table refunds",
         "index charges_idempotency_key_key",
+        "index refunds_pkey",
+        "index refunds_idempotency_key_key",
         "index idempotency_keys_pkey",
         "index idempotency_keys_expires_at_idx",
     ] {
@@ -682,7 +697,7 @@ async fn disk_full(_: Arc<Cluster>, time: Duration) -> Outcome {
     }
     let mut storms = world.storms(time);
     // About half of what it holds, so that it is full only when it is filled.
-    storms.charges_max = 150_000;
+    storms.charges_max = 100_000;
     let watch = storms.watch.clone();
     let fills = async {
         while !watch.over() {
@@ -847,10 +862,14 @@ async fn purged(cluster: Arc<Cluster>, time: Duration) -> Outcome {
         &[("RULES", "payment=1s"), ("PURGE_INTERVAL", "100ms")],
     )
     .await;
-    let (mut row, _) = world.storms(time).blow().await;
+    let mut storms = world.storms(time);
+    storms.arguments = vec!["--answers-expire"];
+    let (mut row, _) = storms.blow().await;
     let gone: i64 = sqlx::query_scalar(
-        "select (select count(*) from charges where account_id = $1)
-              - (select count(*) from idempotency_keys where account_id = $1)",
+        "select count(*)
+         from charges left join idempotency_keys as keys
+             on keys.account_id = charges.account_id and keys.key = charges.idempotency_key
+         where charges.account_id = $1 and keys.key is null",
     )
     .bind(world.account_id.0)
     .fetch_one(&world.pool)
