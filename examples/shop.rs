@@ -100,7 +100,7 @@ async fn stock(State(pool): State<PgPool>) -> Response {
 /// Makes the tables, unless they are there.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn set_up(pool: &PgPool) -> Result<(), sqlx::Error> {
     let there: bool = sqlx::query_scalar("select to_regclass('orders') is not null")
         .fetch_one(pool)

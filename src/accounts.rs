@@ -89,7 +89,7 @@ pub struct ApiKeyRow {
 /// Makes an account.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn create(conn: &mut PgConnection, name: &str) -> Result<AccountId, sqlx::Error> {
     let account_id = AccountId::new();
     sqlx::query!(
@@ -105,7 +105,7 @@ pub async fn create(conn: &mut PgConnection, name: &str) -> Result<AccountId, sq
 /// Whether there is any account.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn exist(executor: impl PgExecutor<'_>) -> Result<bool, sqlx::Error> {
     sqlx::query_scalar!(r#"select exists (select from accounts) as "exist!""#)
         .fetch_one(executor)
@@ -115,7 +115,7 @@ pub async fn exist(executor: impl PgExecutor<'_>) -> Result<bool, sqlx::Error> {
 /// Makes an API key for an account; `None` if there is no such account.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn create_api_key(
     conn: &mut PgConnection,
     account_id: AccountId,
@@ -136,7 +136,7 @@ pub async fn create_api_key(
 /// An account's API keys, oldest first; `None` if there is no such account.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn list_api_keys(
     conn: &mut PgConnection,
     account_id: AccountId,
@@ -169,7 +169,7 @@ pub async fn list_api_keys(
 /// is no such key. It is dead on every replica within five seconds.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn revoke_api_key(
     conn: &mut PgConnection,
     api_key_id: ApiKeyId,
@@ -187,7 +187,7 @@ pub async fn revoke_api_key(
 /// Whose API key this is; `None` if it is unknown or revoked.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn authenticate(
     executor: impl PgExecutor<'_>,
     secret_hash: SecretHash,

@@ -33,7 +33,7 @@ impl Fingerprinted for CaptureRequest {
 
 /// What is to become of a charge.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Change {
+pub enum ChargeChange {
     /// Its money is taken.
     Capture(CaptureRequest),
     /// Its money is given back.
@@ -42,7 +42,7 @@ pub enum Change {
     Update(ChargeUpdate),
 }
 
-/// A wish for a change with all that the writer needs. What is answered is known
+/// A validated change of a charge, as the writer takes it. What is answered is known
 /// when the charge is locked, and not before.
 #[derive(Debug, Clone)]
 pub struct ChangeCharge {
@@ -63,7 +63,7 @@ pub struct ChangeCharge {
     /// Of which charge.
     pub charge_id: ChargeId,
     /// What.
-    pub change: Change,
+    pub change: ChargeChange,
 }
 
 /// What a charge says to a change.
@@ -81,9 +81,9 @@ impl ChangeCharge {
     #[must_use]
     pub fn bytes(&self) -> usize {
         let (metadata, text) = match &self.change {
-            Change::Capture(_) => return 1024,
-            Change::Refund(request) => (&request.metadata, 0),
-            Change::Update(update) => (
+            ChargeChange::Capture(_) => return 1024,
+            ChargeChange::Refund(request) => (&request.metadata, 0),
+            ChargeChange::Update(update) => (
                 &update.metadata,
                 update.description.as_ref().map_or(0, String::len),
             ),
@@ -114,9 +114,9 @@ impl ChangeCharge {
     #[must_use]
     pub fn decide(&self, charge: &mut Charge) -> Decision {
         let done = match &self.change {
-            Change::Capture(request) => charge.capture(request.amount).map(|()| None),
-            Change::Update(update) => charge.update(update).map(|()| None),
-            Change::Refund(request) => charge
+            ChargeChange::Capture(request) => charge.capture(request.amount).map(|()| None),
+            ChargeChange::Update(update) => charge.update(update).map(|()| None),
+            ChargeChange::Refund(request) => charge
                 .refund(request.amount)
                 .map(|amount| Some(self.refund(charge, request, amount))),
         };

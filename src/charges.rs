@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::{
-    db::{Unprepared, position, unreadable},
+    db::{NonPersistent, corrupt_column, position},
     error::Error,
     idempotency::{
         Answer, Blank, FieldDigests, Fingerprint, Fingerprinted, Key, Rule, Scope,
@@ -19,7 +19,7 @@ use crate::{
     },
     ids::{AccountId, ChargeId, RequestId},
     money::{Amount, Currency},
-    page::Page,
+    pagination::Page,
     processor::{Decline, Outcome},
 };
 
@@ -27,7 +27,7 @@ use crate::{
 pub const METADATA_ENTRIES_MAX: usize = 50;
 
 /// What a client asks for, checked; its canonical form is what the
-/// fingerprint is taken of, so two ways of writing the same wish are equal here.
+/// fingerprint is taken of, so two ways of writing the same operation are equal here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub struct ChargeRequest {
@@ -173,7 +173,7 @@ pub enum Refusal {
     MetadataFull,
 }
 
-/// A wish for a charge with all that the writer needs. The sandbox decides
+/// A validated create-charge command. The sandbox decides
 /// without side effects, so the answer is known before the transaction and goes
 /// into the key's row with the claim.
 #[derive(Debug, Clone)]
@@ -609,15 +609,15 @@ impl TryFrom<Row> for Charge {
                 decline_code: row.decline_code,
                 message: row.failure_message.unwrap_or_default(),
             }),
-            _ => return Err(unreadable("status")),
+            _ => return Err(corrupt_column("status")),
         };
         Ok(Self {
             id: ChargeId(row.charge_id),
             request_id: RequestId(row.request_id),
             request: ChargeRequest {
-                amount: Amount::new(row.amount).ok_or_else(|| unreadable("amount"))?,
+                amount: Amount::new(row.amount).ok_or_else(|| corrupt_column("amount"))?,
                 currency: Currency::from_stored(&row.currency)
-                    .ok_or_else(|| unreadable("currency"))?,
+                    .ok_or_else(|| corrupt_column("currency"))?,
                 customer: row.customer,
                 source: row.source,
                 description: row.description,
@@ -633,7 +633,7 @@ impl TryFrom<Row> for Charge {
 
 /// What became of a claim that this transaction made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Claimed {
+pub enum CreateClaim {
     /// The key was free, and the charge is new.
     Charged,
     /// The key's row was gone, but a charge carries the key already: a retry
@@ -642,7 +642,7 @@ pub enum Claimed {
     ChargeExists,
 }
 
-impl Claimed {
+impl CreateClaim {
     fn by(charged: bool) -> Self {
         if charged {
             Self::Charged
@@ -664,11 +664,11 @@ impl Claimed {
 /// key, so that two batches cannot wait for each other in a circle.
 ///
 /// # Errors
-/// What the database said; nothing of the transaction may be kept then.
+/// Any database error; nothing of the transaction may be kept then.
 pub async fn claim_and_insert(
     conn: &mut PgConnection,
     commands: &[&CreateCharge],
-) -> Result<Vec<Option<Claimed>>, sqlx::Error> {
+) -> Result<Vec<Option<CreateClaim>>, sqlx::Error> {
     macro_rules! column {
         ($command:ident => $value:expr) => {
             commands.iter().map(|$command| $value).collect::<Vec<_>>()
@@ -758,7 +758,7 @@ pub async fn claim_and_insert(
     let claims: HashMap<_, _> = rows.into_iter().map(|r| (r.charge_id, r.charged)).collect();
     let ids = commands.iter().map(|c| c.charge.id.0);
     Ok(ids
-        .map(|id| claims.get(&id).map(|&charged| Claimed::by(charged)))
+        .map(|id| claims.get(&id).map(|&charged| CreateClaim::by(charged)))
         .collect())
 }
 
@@ -770,8 +770,8 @@ pub(crate) fn metadata_text(metadata: &BTreeMap<String, String>) -> String {
 /// that must not be done after all: nobody has seen it.
 ///
 /// # Errors
-/// What the database said.
-pub async fn withdraw(
+/// Any database error.
+pub async fn undo_create(
     conn: &mut PgConnection,
     commands: &[&CreateCharge],
 ) -> Result<(), sqlx::Error> {
@@ -797,7 +797,7 @@ pub async fn withdraw(
             .collect::<Vec<_>>(),
         &commands.iter().map(|c| c.charge.id.0).collect::<Vec<_>>(),
     );
-    conn.execute(Unprepared(query)).await?;
+    conn.execute(NonPersistent(query)).await?;
     Ok(())
 }
 
@@ -805,7 +805,7 @@ pub async fn withdraw(
 /// charge does.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn by_key(
     conn: &mut PgConnection,
     scopes: &[&Scope],
@@ -819,7 +819,7 @@ pub async fn by_key(
     }
 
     // A lateral subquery with a limit cannot be planned as a join that reads
-    // the whole table. Which index it takes is another matter: see `Unprepared`.
+    // the whole table. Which index it takes is another matter: see `NonPersistent`.
     let query = sqlx::query!(
         r#"
         select input.position, charge.charge_id, charge.request_id, charge.request_hash, charge.amount,
@@ -839,10 +839,10 @@ pub async fn by_key(
         &scopes.iter().map(|s| s.key.as_str()).collect::<Vec<_>>() as &[&str],
     );
     let mut charges = vec![None; scopes.len()];
-    for row in conn.fetch_all(Unprepared(query)).await? {
+    for row in conn.fetch_all(NonPersistent(query)).await? {
         let found = Found::from_row(&row)?;
         let fingerprint = Fingerprint::from_column(&found.request_hash)
-            .ok_or_else(|| unreadable("request_hash"))?;
+            .ok_or_else(|| corrupt_column("request_hash"))?;
         charges[position(found.position)] = Some((fingerprint, Charge::try_from(found.row)?));
     }
     Ok(charges)
@@ -851,7 +851,7 @@ pub async fn by_key(
 /// Those of these charges that are there, each of its account.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn find(
     conn: &mut PgConnection,
     ids: &[(AccountId, ChargeId)],
@@ -881,7 +881,7 @@ pub async fn find(
         &ids.iter().map(|id| id.1.0).collect::<Vec<_>>(),
     );
     let mut charges = HashMap::new();
-    for row in conn.fetch_all(Unprepared(query)).await? {
+    for row in conn.fetch_all(NonPersistent(query)).await? {
         let found = Found::from_row(&row)?;
         let charge = Charge::try_from(found.row)?;
         charges.insert((AccountId(found.account_id), charge.id), charge);
@@ -892,7 +892,7 @@ pub async fn find(
 /// The charge that carries this key.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn of_key(
     executor: impl PgExecutor<'_>,
     scope: &Scope,
@@ -911,7 +911,7 @@ pub async fn of_key(
 /// named. Ids begin with the time, so the primary key is the order.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn list(
     executor: impl PgExecutor<'_>,
     account_id: AccountId,
@@ -984,7 +984,7 @@ pub struct Locked {
 /// cannot wait for each other in a circle.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn lock(
     conn: &mut PgConnection,
     ids: &BTreeSet<(AccountId, ChargeId)>,
@@ -1017,7 +1017,7 @@ pub async fn lock(
         &ids.iter().map(|id| id.1.0).collect::<Vec<_>>(),
     );
     let mut locked = HashMap::new();
-    for row in conn.fetch_all(Unprepared(query)).await? {
+    for row in conn.fetch_all(NonPersistent(query)).await? {
         let found = Found::from_row(&row)?;
         let charge = Charge::try_from(found.row)?;
         let key = (AccountId(found.account_id), charge.id);
@@ -1035,8 +1035,8 @@ pub async fn lock(
 /// Which of these charges there are, whoever holds them.
 ///
 /// # Errors
-/// What the database said.
-pub async fn there(
+/// Any database error.
+pub async fn existing_ids(
     conn: &mut PgConnection,
     ids: &BTreeSet<(AccountId, ChargeId)>,
 ) -> Result<HashSet<(AccountId, ChargeId)>, sqlx::Error> {
@@ -1055,7 +1055,7 @@ pub async fn there(
         &ids.iter().map(|id| id.1.0).collect::<Vec<_>>(),
     );
     let mut there = HashSet::new();
-    for row in conn.fetch_all(Unprepared(query)).await? {
+    for row in conn.fetch_all(NonPersistent(query)).await? {
         let (account_id, charge_id) = <(Uuid, Uuid)>::from_row(&row)?;
         there.insert((AccountId(account_id), ChargeId(charge_id)));
     }
@@ -1065,7 +1065,7 @@ pub async fn there(
 /// Writes what has changed of charges that this transaction has locked.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn save(conn: &mut PgConnection, changed: &[&Locked]) -> Result<(), sqlx::Error> {
     let charges = || changed.iter().map(|locked| &locked.charge);
     let query = sqlx::query!(

@@ -22,7 +22,7 @@ use crate::{
     http::openapi,
     idempotency::{Key, purge},
     ids::{AccountId, ApiKeyId},
-    keys::{self, Windowed},
+    key_builder::{self, Windowed},
     money::{AMOUNT_MAX, Amount},
     serve, storm,
 };
@@ -377,7 +377,7 @@ async fn connect(database: &Database) -> Result<PgConnection, Failure> {
     let options = database.connect_options()?;
     let conn = db::connect(&options)
         .await
-        .map_err(|error| db::Unfit::unreachable(db::server_name(&options), error))?;
+        .map_err(|error| db::PreflightError::unreachable(db::server_name(&options), error))?;
     db::check_version(&conn)?;
     Ok(conn)
 }
@@ -464,45 +464,45 @@ async fn check_api_key(database: &Database, api_key: &ApiKeySource) -> Result<()
     print(&format!("account {account_id}\n"))
 }
 
-fn build_key(task: KeyTask) -> Result<Key, keys::Mistake> {
+fn build_key(task: KeyTask) -> Result<Key, key_builder::KeyError> {
     match task {
         KeyTask::Payment {
             order,
             amount,
             version,
-        } => keys::payment(&order, amount, version),
+        } => key_builder::payment(&order, amount, version),
         KeyTask::Form { user, form, window } => {
-            Ok(window.pick(&keys::form(&user, &form, window.window()?)?))
+            Ok(window.pick(&key_builder::form(&user, &form, window.window()?)?))
         }
-        KeyTask::Webhook { source, event } => keys::webhook(&source, &event),
-        KeyTask::Message { id } => keys::message(&id),
+        KeyTask::Webhook { source, event } => key_builder::webhook(&source, &event),
+        KeyTask::Message { id } => key_builder::message(&id),
         KeyTask::Email {
             recipient,
             template,
             day,
-        } => keys::email(&recipient, &template, day),
+        } => key_builder::email(&recipient, &template, day),
         KeyTask::Compound {
             entity,
             action,
             data,
             window,
         } => {
-            let data = keys::Data::from_json(&data)?;
-            let keys = keys::compound(&entity, &action, window.window()?, &data)?;
+            let data = key_builder::Data::from_json(&data)?;
+            let keys = key_builder::compound(&entity, &action, window.window()?, &data)?;
             Ok(window.pick(&keys))
         }
-        KeyTask::Mint => Ok(keys::mint()),
+        KeyTask::Mint => Ok(key_builder::mint()),
     }
 }
 
 impl Window {
-    fn window(&self) -> Result<keys::Window, keys::Mistake> {
+    fn window(&self) -> Result<key_builder::Window, key_builder::KeyError> {
         #[expect(
             clippy::disallowed_methods,
             reason = "the key is the caller's, and so is the clock"
         )]
         let at = self.at.unwrap_or_else(Utc::now);
-        keys::Window::of(self.length, at)
+        key_builder::Window::of(self.length, at)
     }
 
     fn pick(&self, keys: &Windowed) -> Key {

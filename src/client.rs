@@ -1,7 +1,7 @@
 //! A client that asks until it knows, and says what is certain.
 //!
 //! The key is minted when an [`Operation`] is described, not when it is sent, so
-//! there is no way to send one wish under two keys by retrying it: every attempt
+//! there is no way to send one operation under two keys by retrying it: every attempt
 //! carries the operation's key and the operation's bytes.
 //!
 //! ```no_run
@@ -56,7 +56,7 @@
 //! - 422 `idempotency_key_reused` whose `differs` names fields of a charge: the key
 //!   is another charge's, for good. Had one of our attempts charged, it would be
 //!   ours, so none has, and none ever will. *This* request charged nobody. The other
-//!   one may have: who changed the amount of a wish and kept the key should look at
+//!   one may have: who changed the amount of a operation and kept the key should look at
 //!   that one before taking a new key.
 //!
 //! Across kinds of operation it is not so. A key that was used for a capture, a
@@ -151,7 +151,7 @@ impl Default for Settings {
 
 /// Why there is no client. Repeats neither the URL nor the API key.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-pub enum Unusable {
+pub enum ClientError {
     /// Not the URL of a service.
     #[error("the URL has to be like http://127.0.0.1:8080, without user, query and fragment")]
     BaseUrl,
@@ -194,10 +194,10 @@ impl Client {
     ///
     /// # Errors
     /// If the URL or the API key cannot be used, or TLS cannot be set up.
-    pub fn new(base_url: &str, api_key: &str) -> Result<Self, Unusable> {
+    pub fn new(base_url: &str, api_key: &str) -> Result<Self, ClientError> {
         let base_url = check_base_url(base_url)?;
         let mut authorization =
-            HeaderValue::from_str(&format!("Bearer {api_key}")).map_err(|_| Unusable::ApiKey)?;
+            HeaderValue::from_str(&format!("Bearer {api_key}")).map_err(|_| ClientError::ApiKey)?;
         authorization.set_sensitive(true);
         // Fails only if a provider is there already, and then there is one.
         let _ = rustls::crypto::ring::default_provider().install_default();
@@ -208,7 +208,7 @@ impl Client {
             // Who counts doubts has to see every attempt.
             .retry(reqwest::retry::never())
             .build()
-            .map_err(|error| Unusable::Http(cause(&error)))?;
+            .map_err(|error| ClientError::Http(cause(&error)))?;
         Ok(Self {
             http,
             charges_url: format!("{base_url}/v1/charges"),
@@ -399,8 +399,8 @@ fn jittered(step: Duration) -> Duration {
 }
 
 /// As [`Client::new`] wants it, without the slash at its end.
-fn check_base_url(text: &str) -> Result<&str, Unusable> {
-    let url = reqwest::Url::parse(text).map_err(|_| Unusable::BaseUrl)?;
+fn check_base_url(text: &str) -> Result<&str, ClientError> {
+    let url = reqwest::Url::parse(text).map_err(|_| ClientError::BaseUrl)?;
     let usable = matches!(url.scheme(), "http" | "https")
         && url.has_host()
         && url.username().is_empty()
@@ -409,7 +409,7 @@ fn check_base_url(text: &str) -> Result<&str, Unusable> {
         && url.fragment().is_none();
     usable
         .then(|| text.trim_end_matches('/'))
-        .ok_or(Unusable::BaseUrl)
+        .ok_or(ClientError::BaseUrl)
 }
 
 /// The innermost cause; what stands around it holds the URL.
@@ -458,7 +458,11 @@ mod tests {
             "http://h?q",
             "http://h#f",
         ] {
-            assert_eq!(check_base_url(wrong), Err(Unusable::BaseUrl), "{wrong:?}");
+            assert_eq!(
+                check_base_url(wrong),
+                Err(ClientError::BaseUrl),
+                "{wrong:?}"
+            );
         }
     }
 }

@@ -13,7 +13,7 @@ use sqlx::postgres::PgConnectOptions;
 use crate::{
     db,
     http::{DuplicateGuard, Keyless, command::WAIT_MAX},
-    idempotency::{Change, Rules},
+    idempotency::{RuleOverride, Rules},
 };
 
 /// A setting that is missing or cannot be used, in one line without its value.
@@ -248,7 +248,7 @@ pub struct RuleChanges {
         value_delimiter = ' ',
         value_name = "RULE"
     )]
-    changes: Vec<Change>,
+    changes: Vec<RuleOverride>,
 }
 
 impl RuleChanges {

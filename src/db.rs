@@ -2,9 +2,9 @@
 //! its errors means, and how a read rides out a restart of it.
 
 mod check;
+mod classify;
 pub mod replication;
 mod server;
-mod trouble;
 mod url;
 
 use std::{borrow::Borrow, time::Duration};
@@ -18,10 +18,12 @@ use sqlx::{
 use tokio::time::Instant;
 use tracing::warn;
 
-pub use check::{Readiness, Unfit, check, check_layout, check_migrations, check_version, ready};
+pub use check::{
+    PreflightError, Readiness, check, check_layout, check_migrations, check_version, ready,
+};
+pub use classify::{ErrorClass, describe};
 pub(crate) use server::CONNECT_TIMEOUT;
 pub use server::{Server, Session, connect};
-pub use trouble::{Trouble, describe};
 pub use url::{UrlError, connect_options, server_name};
 
 /// How long one attempt to read may take: shorter than the time that is left
@@ -57,7 +59,10 @@ pub fn backoff() -> impl Iterator<Item = Duration> {
 ///
 /// # Errors
 /// What the last attempt met; it is logged here.
-pub async fn read<T, E, F>(deadline: Instant, mut attempt: impl FnMut() -> F) -> Result<T, Trouble>
+pub async fn read<T, E, F>(
+    deadline: Instant,
+    mut attempt: impl FnMut() -> F,
+) -> Result<T, ErrorClass>
 where
     F: Future<Output = Result<T, E>>,
     E: From<sqlx::Error> + Borrow<sqlx::Error>,
@@ -70,11 +75,11 @@ where
             Err(error) => error,
         };
         let error: &sqlx::Error = error.borrow();
-        let trouble = Trouble::of(error);
+        let class = ErrorClass::of(error);
         let pause = pauses.next().unwrap_or_default();
-        if !trouble.passes_for_a_read() || Instant::now() + pause >= deadline {
+        if !class.is_retryable_read() || Instant::now() + pause >= deadline {
             warn!(error = %describe(error), "a read failed");
-            return Err(trouble);
+            return Err(class);
         }
         tokio::time::sleep(pause).await;
     }
@@ -84,9 +89,9 @@ where
 /// a round trip, and is for the writer's connection, whose prepared statements
 /// keep their plans, and a statement that could be planned with the wrong one
 /// of two indexes while its table is empty.
-pub(crate) struct Unprepared<Q>(pub(crate) Q);
+pub(crate) struct NonPersistent<Q>(pub(crate) Q);
 
-impl<'q, Q: Execute<'q, Postgres>> Execute<'q, Postgres> for Unprepared<Q> {
+impl<'q, Q: Execute<'q, Postgres>> Execute<'q, Postgres> for NonPersistent<Q> {
     fn sql(self) -> SqlStr {
         self.0.sql()
     }
@@ -105,7 +110,7 @@ impl<'q, Q: Execute<'q, Postgres>> Execute<'q, Postgres> for Unprepared<Q> {
 }
 
 /// The error for a column that holds what no release of ours wrote there.
-pub(crate) fn unreadable(column: &str) -> sqlx::Error {
+pub(crate) fn corrupt_column(column: &str) -> sqlx::Error {
     sqlx::Error::ColumnDecode {
         index: column.to_owned(),
         source: "not a value that this release writes".into(),

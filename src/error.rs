@@ -11,7 +11,7 @@ use utoipa::ToSchema;
 
 use crate::{
     charges::Refusal,
-    db::Trouble,
+    db::ErrorClass,
     idempotency::MalformedKey,
     ids::{ChargeId, RequestId},
     processor::Decline,
@@ -207,7 +207,7 @@ impl Entry {
         }
     }
 
-    /// A decline: final under its key, and open to a new wish.
+    /// A decline: final under its key, and open to a new operation.
     const fn decline(code: &'static str, title: &'static str) -> Self {
         Self {
             new_key: true,
@@ -347,7 +347,7 @@ pub const CATALOGUE: &[Entry] = &[
             422,
             "idempotency_error",
             "The idempotency key was used for another request",
-            "A key names one operation. If this is a new wish, send it under a new key; if it is a retry, send what was sent first.",
+            "A key names one operation. If this is a new operation, send it under a new key; if it is a retry, send what was sent first.",
         )
     },
     Entry::retryable(
@@ -363,14 +363,14 @@ pub const CATALOGUE: &[Entry] = &[
         409,
         "idempotency_error",
         "The same request was made a moment ago",
-        "`error.charge` is the charge that it made, and `original_request_id` the request. If this is a new wish, send it with an Idempotency-Key of its own, or wait until the first one is forgotten.",
+        "`error.charge` is the charge that it made, and `original_request_id` the request. If this is a new operation, send it with an Idempotency-Key of its own, or wait until the first one is forgotten.",
     ),
     Entry::refusal(
         "duplicate_charge",
         409,
         "idempotency_error",
         "The customer was charged the same amount a moment ago, under another key",
-        "`error.charge` is that charge. A retry has to carry the key of the first try. If this is a new wish, send it with Payonce-Allow-Duplicate: true.",
+        "`error.charge` is that charge. A retry has to carry the key of the first try. If this is a new operation, send it with Payonce-Allow-Duplicate: true.",
     ),
     Entry::decline("card_declined", "The card was declined"),
     Entry::decline("expired_card", "The card has expired"),
@@ -623,16 +623,16 @@ impl From<BadParameter> for Error {
     }
 }
 
-impl From<Trouble> for Error {
-    fn from(trouble: Trouble) -> Self {
-        match trouble {
-            Trouble::Passing
-            | Trouble::TableLocked
-            | Trouble::RowLocked
-            | Trouble::Exhausted
-            | Trouble::TimedOut
-            | Trouble::Misconfigured => Self::Unavailable(Unavailable::Database),
-            Trouble::Refused => Self::Internal,
+impl From<ErrorClass> for Error {
+    fn from(class: ErrorClass) -> Self {
+        match class {
+            ErrorClass::Transient
+            | ErrorClass::TableLocked
+            | ErrorClass::RowLocked
+            | ErrorClass::ResourceExhausted
+            | ErrorClass::TimedOut
+            | ErrorClass::Misconfigured => Self::Unavailable(Unavailable::Database),
+            ErrorClass::Rejected => Self::Internal,
         }
     }
 }

@@ -6,10 +6,10 @@ mod charges;
 pub mod command;
 pub mod exchange;
 mod health;
-mod keys;
+mod idempotency_keys;
 pub mod limit;
+mod list_query;
 pub mod openapi;
-mod page;
 mod pages;
 pub mod params;
 mod refunds;
@@ -98,7 +98,10 @@ pub fn router(app: App) -> Router {
         .route("/v1/charges/{id}/capture", post(charges::capture))
         .route("/v1/refunds", get(refunds::list).post(refunds::create))
         .route("/v1/refunds/{id}", get(refunds::retrieve))
-        .route("/v1/idempotency_keys/{key}", get(keys::retrieve))
+        .route(
+            "/v1/idempotency_keys/{key}",
+            get(idempotency_keys::retrieve),
+        )
         .route("/healthz", get(health::live))
         .route("/readyz", get(health::ready))
         .route(

@@ -35,7 +35,7 @@ pub mod store;
 
 pub use fingerprint::{Blank, FieldDigests, Fingerprint, Fingerprinted};
 pub use key::{KEY_MAX, Key, MalformedKey};
-pub use policy::{Change, Duplicate, Rule, Rules, Scenario};
+pub use policy::{Duplicate, Rule, RuleOverride, Rules, Scenario};
 
 use sqlx::PgConnection;
 
@@ -66,7 +66,7 @@ pub struct Answer {
 
 /// Why a key was not to be had.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Taken {
+pub enum Conflict {
     /// It has an answer.
     Answered(KeyRow),
     /// Its answer had expired, and it is free now: claim it again.
@@ -77,7 +77,7 @@ pub enum Taken {
 
 /// What became of a claim.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Claimed {
+pub enum KeyClaim {
     /// The key is this transaction's.
     Claimed,
     /// It has an answer.
@@ -95,12 +95,12 @@ pub enum Claimed {
 /// unless that one inserted its row without the try-lock.
 ///
 /// # Errors
-/// What the database said; nothing of the transaction may be kept then.
+/// Any database error; nothing of the transaction may be kept then.
 pub async fn claim(
     conn: &mut PgConnection,
     rows: &[NewRow<'_>],
-) -> Result<Vec<Claimed>, sqlx::Error> {
-    let mut claims = vec![Claimed::InUse; rows.len()];
+) -> Result<Vec<KeyClaim>, sqlx::Error> {
+    let mut claims = vec![KeyClaim::InUse; rows.len()];
     let mut open: Vec<usize> = (0..rows.len()).collect();
     // Twice: a key that was freed can still go to another of the same slice.
     for _ in 0..2 {
@@ -112,7 +112,7 @@ pub async fn claim(
         let mut taken = Vec::new();
         for (i, got) in open.into_iter().zip(got) {
             if got {
-                claims[i] = Claimed::Claimed;
+                claims[i] = KeyClaim::Claimed;
             } else {
                 taken.push(i);
             }
@@ -122,11 +122,14 @@ pub async fn claim(
             break;
         }
         let scopes: Vec<_> = taken.iter().map(|&i| rows[i].scope).collect();
-        for (i, why) in taken.into_iter().zip(why_taken(conn, &scopes).await?) {
+        for (i, why) in taken
+            .into_iter()
+            .zip(resolve_conflicts(conn, &scopes).await?)
+        {
             match why {
-                Taken::Answered(row) => claims[i] = Claimed::Answered(row),
-                Taken::Freed => open.push(i),
-                Taken::InUse => {}
+                Conflict::Answered(row) => claims[i] = KeyClaim::Answered(row),
+                Conflict::Freed => open.push(i),
+                Conflict::InUse => {}
             }
         }
     }
@@ -137,11 +140,11 @@ pub async fn claim(
 /// have expired.
 ///
 /// # Errors
-/// What the database said.
-pub async fn why_taken(
+/// Any database error.
+pub async fn resolve_conflicts(
     conn: &mut PgConnection,
     scopes: &[&Scope],
-) -> Result<Vec<Taken>, sqlx::Error> {
+) -> Result<Vec<Conflict>, sqlx::Error> {
     let rows = store::read(conn, scopes).await?;
     let mut expired = Vec::new();
     let mut why = Vec::with_capacity(scopes.len());
@@ -149,12 +152,12 @@ pub async fn why_taken(
         why.push(match row {
             Some(row) if row.expired => {
                 expired.push(i);
-                Taken::InUse
+                Conflict::InUse
             }
-            Some(row) if row.answer.is_some() => Taken::Answered(row),
-            // Claimed and not answered, or not to be seen yet, or purged this
+            Some(row) if row.answer.is_some() => Conflict::Answered(row),
+            // KeyClaim and not answered, or not to be seen yet, or purged this
             // very moment: all of them pass.
-            Some(_) | None => Taken::InUse,
+            Some(_) | None => Conflict::InUse,
         });
     }
     if !expired.is_empty() {
@@ -162,7 +165,7 @@ pub async fn why_taken(
         let freed = store::free_expired(conn, &scopes).await?;
         for (i, freed) in expired.into_iter().zip(freed) {
             if freed {
-                why[i] = Taken::Freed;
+                why[i] = Conflict::Freed;
             }
         }
     }

@@ -142,11 +142,11 @@ use tower_service::Service;
 use tracing::{Instrument, error, warn};
 
 use crate::{
-    db::{self, Trouble, describe, replication},
+    db::{self, ErrorClass, describe, replication},
     error::{Error, Unavailable},
     http::{command::read_body, exchange},
     idempotency::{
-        self, Answer, Claimed, Duplicate, Fingerprint, Key, Rule, Scope,
+        self, Answer, Duplicate, Fingerprint, Key, KeyClaim, Rule, Scope,
         store::{self, KeyRow, NewRow},
     },
     ids::{AccountId, RequestId},
@@ -448,7 +448,7 @@ where
 }
 
 /// A request, read and understood.
-struct Wish {
+struct PreparedRequest {
     id: RequestId,
     /// `None`: it has no key, and needs none.
     key: Option<(Scope, Counted)>,
@@ -531,7 +531,7 @@ impl Settings {
             let counted = Counted::of(&self, &parts, &body);
             (Scope { account_id, key }, counted)
         });
-        let wish = Wish {
+        let prepared = PreparedRequest {
             id,
             key,
             operation_id: Uuid::now_v7(),
@@ -539,27 +539,27 @@ impl Settings {
         };
         // Detached: the work goes on when the client hangs up and this future is
         // dropped. A panic ends the task, and with it the transaction.
-        let work = async move { self.perform(wish, inner).await }.in_current_span();
+        let work = async move { self.perform(prepared, inner).await }.in_current_span();
         tokio::spawn(work).await.unwrap_or_else(|_| {
             error!(request_id = %id, "a handler panicked");
             Err(Error::Internal)
         })
     }
 
-    async fn perform<S>(&self, wish: Wish, inner: S) -> Result<Response, Error>
+    async fn perform<S>(&self, prepared: PreparedRequest, inner: S) -> Result<Response, Error>
     where
         S: Service<Request, Response = Response, Error = Infallible>,
     {
         let wait_until = Instant::now() + self.wait;
-        let Wish {
+        let PreparedRequest {
             id,
             key,
             operation_id,
             request,
-        } = wish;
+        } = prepared;
         let Some((scope, counted)) = key else {
             let claim = self.claim(operation_id, None, wait_until).await?;
-            let Got::Transaction(claimed) = claim else {
+            let ClaimResult::Transaction(claimed) = claim else {
                 return Err(Error::Internal);
             };
             let done = self.run(id, request, inner, claimed, None).await?;
@@ -603,12 +603,12 @@ impl Settings {
         S: Service<Request, Response = Response, Error = Infallible>,
     {
         match self.claim(row.operation_id, Some(row), wait_until).await? {
-            Got::Row(found) => {
+            ClaimResult::Row(found) => {
                 let found = Arc::new(found);
                 lead.tell(Arc::clone(&found));
                 self.duplicate(counted, &found)
             }
-            Got::Transaction(claimed) => {
+            ClaimResult::Transaction(claimed) => {
                 let id = row.request_id;
                 let done = self.run(id, request, inner, claimed, Some(row)).await?;
                 if let Some(answer) = done.stored {
@@ -736,7 +736,7 @@ impl Settings {
         operation_id: Uuid,
         row: Option<NewRow<'_>>,
         wait_until: Instant,
-    ) -> Result<Got, Error> {
+    ) -> Result<ClaimResult, Error> {
         let mut pauses = poll_pauses();
         let mut permit = None;
         loop {
@@ -744,9 +744,9 @@ impl Settings {
             let error = match self.step(claim).await {
                 Ok(Some(got)) => return Ok(got),
                 Ok(None) => Error::KeyInUse,
-                Err(error) => match Trouble::of(&error) {
-                    Trouble::RowLocked => Error::KeyInUse,
-                    Trouble::Passing | Trouble::TableLocked | Trouble::TimedOut => {
+                Err(error) => match ErrorClass::of(&error) {
+                    ErrorClass::RowLocked => Error::KeyInUse,
+                    ErrorClass::Transient | ErrorClass::TableLocked | ErrorClass::TimedOut => {
                         Error::Unavailable(Unavailable::Database)
                     }
                     _ => return Err(fault(&error)),
@@ -770,7 +770,7 @@ impl Settings {
         &self,
         operation_id: Uuid,
         row: Option<NewRow<'_>>,
-    ) -> Result<Option<Got>, sqlx::Error> {
+    ) -> Result<Option<ClaimResult>, sqlx::Error> {
         // Until the key is claimed nothing is waited for, and no plan reads the
         // table from end to end. The last two end the transaction of a process
         // that stands still, and the statement of a handler that was given up.
@@ -798,19 +798,19 @@ impl Settings {
                 Err(error) => return Err(error),
             };
             match claims.into_iter().next() {
-                Some(Claimed::Claimed) => {}
-                Some(Claimed::Answered(found)) => {
+                Some(KeyClaim::Claimed) => {}
+                Some(KeyClaim::Answered(found)) => {
                     give_again(session, &found).await?;
-                    return Ok(Some(Got::Row(found)));
+                    return Ok(Some(ClaimResult::Row(found)));
                 }
-                Some(Claimed::InUse) | None => {
+                Some(KeyClaim::InUse) | None => {
                     session.roll_back().await?;
                     return Ok(None);
                 }
             }
         }
         let environment = hand_over(&mut session).await?;
-        Ok(Some(Got::Transaction(Claim {
+        Ok(Some(ClaimResult::Transaction(Claim {
             session,
             environment,
             operation_id,
@@ -876,7 +876,7 @@ impl Settings {
 }
 
 /// What a claim came to.
-enum Got {
+enum ClaimResult {
     Transaction(Claim),
     /// Read in a transaction that is committed.
     Row(KeyRow),
@@ -1053,5 +1053,5 @@ fn fault(error: &sqlx::Error) -> Error {
         return Error::Internal;
     }
     warn!(error = %describe(error), "a step of the layer failed");
-    Trouble::of(error).into()
+    ErrorClass::of(error).into()
 }

@@ -13,11 +13,11 @@
 //! | [`http`] | bytes to commands, answers to bytes |
 //! | [`writer`] | takes commands, writes them many to a transaction, answers after COMMIT |
 //! | [`reader`] | reads charges, many to a statement |
-//! | [`keys`] | builds idempotency keys, for those who ask |
+//! | [`key_builder`] | builds idempotency keys, for those who ask |
 //! | [`charges`], [`changes`], [`refunds`], [`accounts`], [`idempotency`] | the words of the domain, and the SQL of their tables |
 //! | [`processor`] | what moves the money |
 //! | [`db`] | how to reach PostgreSQL, and what its errors mean |
-//! | [`error`], [`ids`], [`money`], [`page`] | values that all of them share |
+//! | [`error`], [`ids`], [`money`], [`pagination`] | values that all of them share |
 //!
 //! `ARCHITECTURE.md` follows one charge through them.
 
@@ -32,10 +32,10 @@ pub mod error;
 pub mod http;
 pub mod idempotency;
 pub mod ids;
-pub mod keys;
+pub mod key_builder;
 pub mod layer;
 pub mod money;
-pub mod page;
+pub mod pagination;
 pub mod processor;
 pub mod reader;
 pub mod refunds;

@@ -28,7 +28,7 @@ use tracing::{error, warn};
 
 use crate::{
     charges::{self, Charge},
-    db::{self, READ_TIMEOUT, Server, Trouble, backoff, describe},
+    db::{self, ErrorClass, READ_TIMEOUT, Server, backoff, describe},
     error::{Error, Unavailable},
     ids::{AccountId, ChargeId},
 };
@@ -53,7 +53,7 @@ pub struct Reader {
 struct Question {
     id: (AccountId, ChargeId),
     deadline: Instant,
-    tell: oneshot::Sender<Result<Option<Charge>, Trouble>>,
+    tell: oneshot::Sender<Result<Option<Charge>, ErrorClass>>,
 }
 
 impl Reader {
@@ -155,22 +155,22 @@ impl Task {
                 }
                 Err(error) => error,
             };
-            let trouble = Trouble::of(&error);
-            warn!(error = %describe(&error), ?trouble, batch_len = part.len(), "a read failed");
-            if part.len() > 1 && trouble == Trouble::Refused {
-                // A row that cannot be read is nobody else's trouble.
+            let class = ErrorClass::of(&error);
+            warn!(error = %describe(&error), ?class, batch_len = part.len(), "a read failed");
+            if part.len() > 1 && class == ErrorClass::Rejected {
+                // A row that cannot be read is nobody else's class.
                 parts.extend(part.into_iter().map(|question| vec![question]));
                 continue;
             }
-            if !trouble.passes_for_a_read() {
-                give_up(part, trouble);
+            if !class.is_retryable_read() {
+                give_up(part, class);
                 continue;
             }
             let pause = pauses.next().unwrap_or_default();
             let then = Instant::now() + pause;
             let (late, mut rest): (Vec<_>, Vec<_>) =
                 part.into_iter().partition(|q| q.deadline <= then);
-            give_up(late, trouble);
+            give_up(late, class);
             if rest.len() > 1 && took_too_long(&error) {
                 // All of it may be too much for the network in the time of a read.
                 let second = rest.split_off(rest.len() / 2);
@@ -212,13 +212,13 @@ impl Task {
 fn took_too_long(error: &sqlx::Error) -> bool {
     match error {
         sqlx::Error::Io(error) => error.kind() == ErrorKind::TimedOut,
-        error => Trouble::of(error) == Trouble::TimedOut,
+        error => ErrorClass::of(error) == ErrorClass::TimedOut,
     }
 }
 
-fn give_up(batch: Vec<Question>, trouble: Trouble) {
+fn give_up(batch: Vec<Question>, class: ErrorClass) {
     for question in batch {
-        let _ = question.tell.send(Err(trouble));
+        let _ = question.tell.send(Err(class));
     }
 }
 

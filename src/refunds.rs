@@ -10,11 +10,11 @@ use uuid::Uuid;
 
 use crate::{
     charges::metadata_text,
-    db::{position, unreadable},
+    db::{corrupt_column, position},
     idempotency::{Answer, Blank, Fingerprint, Fingerprinted, Scope},
     ids::{AccountId, ChargeId, RefundId, RequestId},
     money::{Amount, Currency},
-    page::Page,
+    pagination::Page,
 };
 
 /// What a client asks for, checked.
@@ -163,7 +163,7 @@ impl TryFrom<Row> for Refund {
 
     fn try_from(row: Row) -> Result<Self, sqlx::Error> {
         let reason = match row.reason.as_deref().map(Reason::from_name) {
-            Some(None) => return Err(unreadable("reason")),
+            Some(None) => return Err(corrupt_column("reason")),
             Some(reason) => reason,
             None => None,
         };
@@ -171,8 +171,9 @@ impl TryFrom<Row> for Refund {
             id: RefundId(row.refund_id),
             request_id: RequestId(row.request_id),
             charge: ChargeId(row.charge_id),
-            amount: Amount::new(row.amount).ok_or_else(|| unreadable("amount"))?,
-            currency: Currency::from_stored(&row.currency).ok_or_else(|| unreadable("currency"))?,
+            amount: Amount::new(row.amount).ok_or_else(|| corrupt_column("amount"))?,
+            currency: Currency::from_stored(&row.currency)
+                .ok_or_else(|| corrupt_column("currency"))?,
             reason,
             metadata: row.metadata.0,
         })
@@ -185,7 +186,7 @@ pub type Keyed<'a> = (&'a Scope, bool, Fingerprint, &'a Refund);
 /// Writes refunds of charges that this transaction has locked.
 ///
 /// # Errors
-/// What the database said; nothing of the transaction may be kept then.
+/// Any database error; nothing of the transaction may be kept then.
 pub async fn insert(conn: &mut PgConnection, refunds: &[Keyed<'_>]) -> Result<(), sqlx::Error> {
     let made = || refunds.iter().map(|keyed| keyed.3);
     sqlx::query!(
@@ -233,7 +234,7 @@ pub async fn insert(conn: &mut PgConnection, refunds: &[Keyed<'_>]) -> Result<()
 /// refund does.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn by_key(
     conn: &mut PgConnection,
     scopes: &[&Scope],
@@ -246,7 +247,7 @@ pub async fn by_key(
         row: Row,
     }
 
-    // Not prepared: see `Unprepared`.
+    // Not prepared: see `NonPersistent`.
     let query = sqlx::query!(
         r#"
         select input.position, refund.request_hash, refund.refund_id, refund.request_id,
@@ -263,10 +264,10 @@ pub async fn by_key(
         &scopes.iter().map(|s| s.key.as_str()).collect::<Vec<_>>() as &[&str],
     );
     let mut refunds = vec![None; scopes.len()];
-    for row in sqlx::Executor::fetch_all(conn, crate::db::Unprepared(query)).await? {
+    for row in sqlx::Executor::fetch_all(conn, crate::db::NonPersistent(query)).await? {
         let found = Found::from_row(&row)?;
         let fingerprint = Fingerprint::from_column(&found.request_hash)
-            .ok_or_else(|| unreadable("request_hash"))?;
+            .ok_or_else(|| corrupt_column("request_hash"))?;
         refunds[position(found.position)] = Some((fingerprint, Refund::try_from(found.row)?));
     }
     Ok(refunds)
@@ -275,7 +276,7 @@ pub async fn by_key(
 /// One refund of this account.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn find(
     executor: impl PgExecutor<'_>,
     account_id: AccountId,
@@ -301,7 +302,7 @@ pub async fn find(
 /// The refund that carries this key.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn of_key(
     executor: impl PgExecutor<'_>,
     scope: &Scope,
@@ -320,7 +321,7 @@ pub async fn of_key(
 /// named.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn list(
     executor: impl PgExecutor<'_>,
     account_id: AccountId,

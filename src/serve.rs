@@ -28,7 +28,7 @@ use crate::{
     accounts,
     cli::Failure,
     config,
-    db::{self, READ_TIMEOUT, Server, Trouble, Unfit},
+    db::{self, ErrorClass, PreflightError, READ_TIMEOUT, Server},
     http::{
         self, App,
         admission::Admission,
@@ -125,7 +125,7 @@ pub async fn run(config: config::Serve) -> Result<(), Failure> {
         let mut ticks = tokio::time::interval(Duration::from_mins(1));
         loop {
             ticks.tick().await;
-            limits.forget_the_quiet();
+            limits.evict_idle();
         }
     });
     let (stop, stopping) = watch::channel(None);
@@ -268,7 +268,7 @@ async fn deadline(mut stopping: Stopping) {
 
 /// A database that starts together with the service is waited for; one that
 /// cannot be served from is not.
-async fn wait_until_fit(server: &Server) -> Result<(), Unfit> {
+async fn wait_until_fit(server: &Server) -> Result<(), PreflightError> {
     let end = Instant::now() + START_PATIENCE;
     let mut pauses = db::backoff();
     loop {
@@ -277,7 +277,7 @@ async fn wait_until_fit(server: &Server) -> Result<(), Unfit> {
                 if Instant::now() < end
                     && unfit
                         .database_error()
-                        .is_some_and(|error| Trouble::of(error) == Trouble::Passing) =>
+                        .is_some_and(|error| ErrorClass::of(error) == ErrorClass::Transient) =>
             {
                 warn!(error = %unfit, "PostgreSQL does not answer yet");
                 tokio::time::sleep(pauses.next().unwrap_or_default()).await;

@@ -18,7 +18,7 @@
 //! | 5 | claim and insert again, for those | one was freed |
 //! | 6 | claim the guards of new charges (`idempotency::claim`) | the duplicate guard is on |
 //! | 7 to 10 | the same for guards as 3 to 5 for keys, and read once more | a guard was not free |
-//! | 11, 12 | take charges back that their guards refuse (`charges::withdraw`) | likewise |
+//! | 11, 12 | take charges back that their guards refuse (`charges::undo_create`) | likewise |
 //! | 13 | store which charge the guard warned of (`store::answer`) | likewise |
 //! | 14 | read the charges that carry a claimed key already (`charges::by_key`) | a claim met one |
 //! | 15 | put the answers of those charges in their rows (`store::answer`) | likewise |
@@ -85,14 +85,14 @@
 //!
 //! # What is done after which fault
 //!
-//! | [`Trouble`] | what is done |
+//! | [`ErrorClass`] | what is done |
 //! | --- | --- |
 //! | our own time-out, before COMMIT was sent | the batch is halved and run again, on a new connection: what it carries may be too much for the network |
-//! | our own time-out after it, and no standby is waited for | as `Passing` |
-//! | `Passing` | the same batch again, on a new connection, with backoff, until the deadline; then 503 |
+//! | our own time-out after it, and no standby is waited for | as `Transient` |
+//! | `Transient` | the same batch again, on a new connection, with backoff, until the deadline; then 503 |
 //! | `TableLocked` | the same batch again, with backoff, until the deadline; then 503 |
-//! | `Exhausted`, `Misconfigured` | 503 for all, nothing is split |
-//! | `RowLocked`, `TimedOut`, `Refused` | the transaction is dropped and the batch halved, down to the one command that is to blame: one that waits for a lock goes back to the queue like any key in use, one that takes too long gets 503, one that the database refuses gets 500. The others get their answers |
+//! | `ResourceExhausted`, `Misconfigured` | 503 for all, nothing is split |
+//! | `RowLocked`, `TimedOut`, `Rejected` | the transaction is dropped and the batch halved, down to the one command that is to blame: one that waits for a lock goes back to the queue like any key in use, one that takes too long gets 503, one that the database refuses gets 500. The others get their answers |
 //!
 //! After any error the transaction is dropped and never committed: `commit()`
 //! returns `Ok` although a failed transaction was rolled back.
@@ -131,7 +131,7 @@ use tracing::error;
 use uuid::Uuid;
 
 use crate::{
-    changes::{Change, ChangeCharge},
+    changes::{ChangeCharge, ChargeChange},
     charges::CreateCharge,
     db::{Server, replication::Replication},
     error::{Error, Unavailable},
@@ -140,7 +140,7 @@ use crate::{
 };
 
 #[cfg(doc)]
-use crate::db::Trouble;
+use crate::db::ErrorClass;
 
 /// Writing tasks per process, each with a connection of its own.
 pub const TASKS: usize = 2;
@@ -170,7 +170,7 @@ struct Shared {
     /// A permit per command that was taken and has not been concluded.
     room: Arc<Semaphore>,
     /// Who waits for which key that is queued or running here.
-    waiting: Mutex<HashMap<Scope, Vec<oneshot::Sender<Verdict>>>>,
+    waiting: Mutex<HashMap<Scope, Vec<oneshot::Sender<Resolution>>>>,
 }
 
 /// What the writer does.
@@ -218,9 +218,9 @@ impl Command {
             Self::ChangeCharge(change) => {
                 let digests = &change.digests;
                 match &change.change {
-                    Change::Capture(request) => digests.by_version(version, request),
-                    Change::Refund(request) => digests.by_version(version, request),
-                    Change::Update(request) => digests.by_version(version, request),
+                    ChargeChange::Capture(request) => digests.by_version(version, request),
+                    ChargeChange::Refund(request) => digests.by_version(version, request),
+                    ChargeChange::Update(request) => digests.by_version(version, request),
                 }
             }
         }
@@ -229,9 +229,9 @@ impl Command {
 
 /// What became of a command, as told to all that wait for its key.
 #[derive(Debug, Clone)]
-enum Verdict {
+enum Resolution {
     /// The key's row, committed, says this.
-    Row(Arc<Settled>),
+    Row(Arc<KeyRecord>),
     /// Another replica holds the key, and the wait has passed.
     InUse,
     /// Nothing was done, and the key is free, for this reason.
@@ -244,7 +244,7 @@ enum Verdict {
 
 /// A committed row of a key.
 #[derive(Debug)]
-struct Settled {
+struct KeyRecord {
     fingerprint: Fingerprint,
     digests: Option<Vec<u8>>,
     operation_id: Uuid,
@@ -343,17 +343,17 @@ impl Writer {
             let (leads, verdict) = self.enter(&command, wait_until, deadline)?;
             let until = if leads { deadline } else { wait_until };
             match timeout_at(until, verdict).await {
-                Ok(Ok(Verdict::Row(row))) => return row.judge(&command),
-                Ok(Ok(Verdict::InUse)) if leads => return Err(Error::KeyInUse),
-                Ok(Ok(Verdict::Undone(why))) if leads => return Err(why),
-                Ok(Ok(Verdict::Unavailable(why))) if leads => {
+                Ok(Ok(Resolution::Row(row))) => return row.judge(&command),
+                Ok(Ok(Resolution::InUse)) if leads => return Err(Error::KeyInUse),
+                Ok(Ok(Resolution::Undone(why))) if leads => return Err(why),
+                Ok(Ok(Resolution::Unavailable(why))) if leads => {
                     return Err(Error::Unavailable(why));
                 }
                 // Cut off at the shutdown's deadline: it may have been committed.
                 Ok(Err(_)) if leads && self.shared.room.is_closed() => {
                     return Err(Error::Unavailable(Unavailable::ShuttingDown));
                 }
-                Ok(Ok(Verdict::Internal) | Err(_)) if leads => return Err(Error::Internal),
+                Ok(Ok(Resolution::Internal) | Err(_)) if leads => return Err(Error::Internal),
                 // The first one met a fault, on its own clock. Ours still runs.
                 Ok(_) => {}
                 Err(_) if leads => return Err(Error::Unavailable(Unavailable::Database)),
@@ -369,7 +369,7 @@ impl Writer {
         command: &Arc<Command>,
         wait_until: Instant,
         deadline: Instant,
-    ) -> Result<(bool, oneshot::Receiver<Verdict>), Error> {
+    ) -> Result<(bool, oneshot::Receiver<Resolution>), Error> {
         let (tell, verdict) = oneshot::channel();
         let mut waiting = self.shared.waiting();
         match waiting.entry(command.scope().clone()) {
@@ -403,7 +403,7 @@ impl Writer {
 
     /// Whether a command with this key is queued or running here.
     #[must_use]
-    pub fn is_at(&self, scope: &Scope) -> bool {
+    pub fn is_in_flight(&self, scope: &Scope) -> bool {
         self.shared.waiting().contains_key(scope)
     }
 
@@ -425,14 +425,16 @@ impl Writer {
 }
 
 impl Shared {
-    fn waiting(&self) -> std::sync::MutexGuard<'_, HashMap<Scope, Vec<oneshot::Sender<Verdict>>>> {
+    fn waiting(
+        &self,
+    ) -> std::sync::MutexGuard<'_, HashMap<Scope, Vec<oneshot::Sender<Resolution>>>> {
         // Every change under this lock is a single insert, push or remove, so
         // a panic elsewhere cannot have left it half done.
         self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Settled {
+impl KeyRecord {
     /// What the row means for whoever sent `command`.
     fn judge(&self, command: &Command) -> Result<Reply, Error> {
         let own = self.operation_id == command.operation_id();
@@ -483,7 +485,7 @@ impl Job {
     }
 
     /// Tells all that wait for the key.
-    fn conclude(mut self, verdict: &Verdict) {
+    fn conclude(mut self, verdict: &Resolution) {
         self.concluded = true;
         for tell in self.release() {
             // Whoever hung up does not listen, and that is all right.
@@ -491,7 +493,7 @@ impl Job {
         }
     }
 
-    fn release(&self) -> Vec<oneshot::Sender<Verdict>> {
+    fn release(&self) -> Vec<oneshot::Sender<Resolution>> {
         self.shared
             .waiting()
             .remove(self.command.scope())

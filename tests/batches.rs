@@ -31,7 +31,7 @@ async fn all_at_once(pool: &PgPool, service: &Service, calls: Vec<(String, Call)
             key: Key::from_header(key.as_bytes()).unwrap(),
         };
         eventually("it is queued", || async {
-            service.app.writer.is_at(&scope)
+            service.app.writer.is_in_flight(&scope)
         })
         .await;
     };

@@ -707,7 +707,7 @@ async fn the_command_charges_once(pool: PgPool) {
     let service = Process::serve(&url).await;
     let target = format!("http://{}", service.address);
 
-    let wish = [
+    let arguments = [
         "--amount",
         "5000",
         "--metadata",
@@ -717,12 +717,12 @@ async fn the_command_charges_once(pool: PgPool) {
         "--key",
         "order_7",
     ];
-    let first = payonce(&api_key, &target, &wish).await;
+    let first = payonce(&api_key, &target, &arguments).await;
     assert_eq!(first.status.code(), Some(0), "{}", said(&first));
     let charge: Value = serde_json::from_slice(&first.stdout).unwrap();
     assert_eq!(charge["amount"], 5000);
     assert_eq!(charge["metadata"], json!({"order": "7", "note": "a=b"}));
-    let again = payonce(&api_key, &target, &wish).await;
+    let again = payonce(&api_key, &target, &arguments).await;
     assert_eq!(again.status.code(), Some(0));
     assert_eq!(again.stdout, first.stdout);
     assert_eq!(count(&pool, "charges").await, 1);

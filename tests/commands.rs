@@ -746,7 +746,7 @@ async fn a_key_is_printed_alone() {
 async fn a_window_is_the_current_one_unless_told() {
     let year = "form --user u --form f --window 366d";
     let now = chrono::DateTime::from(std::time::SystemTime::now());
-    let start = payonce::keys::Window::of(Duration::from_hours(366 * 24), now)
+    let start = payonce::key_builder::Window::of(Duration::from_hours(366 * 24), now)
         .unwrap()
         .start()
         .format("%Y%m%dT%H%M%SZ");

@@ -199,7 +199,7 @@ async fn a_request_that_means_it_goes_through(pool: PgPool) {
 }
 
 #[sqlx::test(migrator = "payonce::MIGRATOR")]
-async fn after_the_window_it_is_a_new_wish(pool: PgPool) {
+async fn after_the_window_it_is_a_new_operation(pool: PgPool) {
     let service = guarded(&pool, DuplicateGuard::Refuse).await;
     service.charge("try_1").send().await;
     let window: f64 = sqlx::query_scalar(

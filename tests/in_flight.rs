@@ -238,7 +238,7 @@ async fn a_claim_does_not_wait_for_another(pool: PgPool) {
         .await
         .expect("it waits")
         .unwrap();
-    assert_eq!(claims, [None, Some(charges::Claimed::Charged)]);
+    assert_eq!(claims, [None, Some(charges::CreateClaim::Charged)]);
 }
 
 /// What `free_expired` leaves alone: an answer that is still good, a row without

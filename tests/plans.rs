@@ -13,7 +13,7 @@ use payonce::{
     idempotency::store,
     ids::{AccountId, ChargeId, RefundId, RequestId},
     money::{Amount, Currency},
-    page::{From, Page},
+    pagination::{Cursor, Page},
     refunds::{self, Refund},
 };
 use sqlx::{
@@ -116,12 +116,12 @@ impl Statement {
             .collect();
         let middle = Page {
             limit: 10,
-            from: From::After(Uuid::from_u128(u128::MAX / 2)),
+            from: Cursor::After(Uuid::from_u128(u128::MAX / 2)),
             oldest: None,
             newest: None,
         };
         let backwards = Page {
-            from: From::Before(Uuid::from_u128(u128::MAX / 2)),
+            from: Cursor::Before(Uuid::from_u128(u128::MAX / 2)),
             ..middle.clone()
         };
         let one = there.first().map_or_else(ChargeId::new, |there| there.1);
@@ -140,7 +140,7 @@ impl Statement {
             }
             Self::Withdraw => {
                 let commands: Vec<_> = commands.iter().collect();
-                charges::withdraw(tx, &commands).await
+                charges::undo_create(tx, &commands).await
             }
             Self::ByKey => charges::by_key(tx, &scopes).await.map(drop),
             Self::Find => {

@@ -4,7 +4,7 @@
 use std::collections::HashSet;
 
 use futures::future::join_all;
-use payonce::db::{self, Server, Unfit};
+use payonce::db::{self, PreflightError, Server};
 use serde_json::{Value, json};
 use sqlx::PgPool;
 use tokio::process::Command;
@@ -205,7 +205,7 @@ async fn a_pooler_without_the_setting_is_refused(pool: PgPool) {
     assert!(
         matches!(
             refused,
-            Err(Unfit::SettingIgnored {
+            Err(PreflightError::SettingIgnored {
                 name: "lock_timeout",
                 ..
             })

@@ -2,7 +2,7 @@
 
 use futures::future::join_all;
 use payonce::{
-    db::{Server, Trouble},
+    db::{ErrorClass, Server},
     idempotency::purge::{self, Purge},
 };
 use sqlx::{Executor, PgConnection, PgPool};
@@ -199,7 +199,7 @@ async fn a_sweep_that_takes_too_long_stops_nothing(pool: PgPool) {
             .await
             .unwrap();
         let error = purge.run_until_done(&impatient).await.unwrap_err();
-        assert_eq!(Trouble::of(&error), Trouble::TimedOut, "{error}");
+        assert_eq!(ErrorClass::of(&error), ErrorClass::TimedOut, "{error}");
         holder.execute("rollback").await.unwrap();
     };
     fill(&pool, 10, "now() - interval '2 days'", true).await;

@@ -18,7 +18,7 @@ Exit codes:
   0  charged; the charge stands on standard output
   1  certainly not charged: refused, declined, or never sent
   2  the command line or a setting is wrong; nothing was sent
-  3  unknown, or pending: ask again with the same --key and the same wish
+  3  unknown, or pending: ask again with the same --key and the same operation
 Whatever else ends it (a signal, say) is as good as 3. With --key, 1 is a
 decline, or a key that belongs to another charge: an earlier command with this
 key may have charged, so a service that is away or refuses is 3. So is a key that
@@ -103,7 +103,7 @@ fn key(text: &str) -> Result<Key, String> {
     Key::from_header(text.as_bytes()).map_err(|why| why.to_string())
 }
 
-fn target(text: &str) -> Result<String, super::Unusable> {
+fn target(text: &str) -> Result<String, super::ClientError> {
     check_base_url(text).map(str::to_owned)
 }
 

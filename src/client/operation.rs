@@ -1,4 +1,4 @@
-//! One wish with its key and its bytes, fixed before it is sent.
+//! One operation with its key and its bytes, fixed before it is sent.
 
 use std::{
     fmt,
@@ -61,7 +61,7 @@ impl Operation {
         }
     }
 
-    /// The same wish under a key of the caller's, such as the order's number.
+    /// The same operation under a key of the caller's, such as the order's number.
     /// Nobody here knows whether this key was sent before, so what is not the
     /// key's own outcome is [`Failure::Unknown`] from now on.
     #[must_use]
@@ -161,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn two_wishes_have_two_keys_and_a_clone_has_the_same() {
+    fn two_operations_have_two_keys_and_a_clone_has_the_same() {
         let one = operation();
         assert_ne!(one.key(), operation().key());
         assert_eq!(one.key(), one.clone().key());

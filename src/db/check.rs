@@ -3,12 +3,12 @@
 use sqlx::{PgConnection, PgPool, migrate::Migrate};
 use tracing::warn;
 
-use super::{Server, Trouble, describe, replication, server::SESSION};
+use super::{ErrorClass, Server, describe, replication, server::SESSION};
 use crate::MIGRATOR;
 
 /// Why a server is not one to serve from.
 #[derive(Debug, thiserror::Error)]
-pub enum Unfit {
+pub enum PreflightError {
     /// There is no connection to it.
     #[error("cannot connect to PostgreSQL at {server}: {}", describe(.error))]
     Unreachable {
@@ -71,7 +71,7 @@ pub enum Unfit {
 /// The oldest version of PostgreSQL that is supported.
 const OLDEST: u32 = 15;
 
-impl Unfit {
+impl PreflightError {
     /// Why there is no connection to `server`.
     #[must_use]
     pub fn unreachable(server: String, error: sqlx::Error) -> Self {
@@ -96,7 +96,7 @@ impl Unfit {
     }
 }
 
-impl From<sqlx::Error> for Unfit {
+impl From<sqlx::Error> for PreflightError {
     fn from(error: sqlx::Error) -> Self {
         Self::Unasked(error)
     }
@@ -106,11 +106,11 @@ impl From<sqlx::Error> for Unfit {
 ///
 /// # Errors
 /// The first thing that is in the way.
-pub async fn check(server: &Server) -> Result<(), Unfit> {
+pub async fn check(server: &Server) -> Result<(), PreflightError> {
     let mut conn = server
         .connect_to_any()
         .await
-        .map_err(|error| Unfit::unreachable(server.name(), error))?;
+        .map_err(|error| PreflightError::unreachable(server.name(), error))?;
     check_version(&conn)?;
     // In a transaction, since behind a pooler the settings hold there alone.
     let mut transaction = server.begin(&mut conn).await?;
@@ -126,10 +126,10 @@ pub async fn check(server: &Server) -> Result<(), Unfit> {
 /// connection is made, so that this costs no round trip.
 ///
 /// # Errors
-/// [`Unfit::TooOld`].
-pub fn check_version(conn: &PgConnection) -> Result<(), Unfit> {
+/// [`PreflightError::TooOld`].
+pub fn check_version(conn: &PgConnection) -> Result<(), PreflightError> {
     match conn.server_version_num() {
-        Some(number) if number < OLDEST * 10_000 => Err(Unfit::TooOld(format!(
+        Some(number) if number < OLDEST * 10_000 => Err(PreflightError::TooOld(format!(
             "{}.{}",
             number / 10_000,
             number % 10_000
@@ -138,7 +138,7 @@ pub fn check_version(conn: &PgConnection) -> Result<(), Unfit> {
     }
 }
 
-async fn check_durability(conn: &mut PgConnection) -> Result<(), Unfit> {
+async fn check_durability(conn: &mut PgConnection) -> Result<(), PreflightError> {
     let server = sqlx::query!(
         r#"
         select
@@ -181,7 +181,7 @@ async fn check_durability(conn: &mut PgConnection) -> Result<(), Unfit> {
     ];
     for (met, setting, consequence) in unsafe_settings {
         if met {
-            return Err(Unfit::Unsafe {
+            return Err(PreflightError::Unsafe {
                 setting,
                 consequence,
             });
@@ -196,7 +196,7 @@ async fn check_durability(conn: &mut PgConnection) -> Result<(), Unfit> {
     Ok(())
 }
 
-async fn check_session(server: &Server, conn: &mut PgConnection) -> Result<(), Unfit> {
+async fn check_session(server: &Server, conn: &mut PgConnection) -> Result<(), PreflightError> {
     for &(name, expected, of_transactions) in SESSION {
         if server.behind_pooler && !of_transactions {
             continue;
@@ -214,7 +214,7 @@ async fn check_session(server: &Server, conn: &mut PgConnection) -> Result<(), U
         .fetch_one(&mut *conn)
         .await?;
         if !setting.same {
-            return Err(Unfit::SettingIgnored {
+            return Err(PreflightError::SettingIgnored {
                 name,
                 actual: setting.actual,
             });
@@ -228,8 +228,8 @@ async fn check_session(server: &Server, conn: &mut PgConnection) -> Result<(), U
 /// strangers' rows.
 ///
 /// # Errors
-/// [`Unfit::Layout`], or that it could not be asked.
-pub async fn check_layout(conn: &mut PgConnection) -> Result<(), Unfit> {
+/// [`PreflightError::Layout`], or that it could not be asked.
+pub async fn check_layout(conn: &mut PgConnection) -> Result<(), PreflightError> {
     let tables: Vec<(String, bool, bool)> = sqlx::query_as(
         "select relname::text, relkind = 'p' or relispartition,
              exists (select from pg_inherits where inhparent = pg_class.oid)
@@ -245,7 +245,7 @@ pub async fn check_layout(conn: &mut PgConnection) -> Result<(), Unfit> {
             (false, true) => "inherited from",
             (false, false) => continue,
         };
-        return Err(Unfit::Layout { table, layout });
+        return Err(PreflightError::Layout { table, layout });
     }
     // Citus keeps its list of distributed tables here.
     let citus: bool =
@@ -262,7 +262,7 @@ pub async fn check_layout(conn: &mut PgConnection) -> Result<(), Unfit> {
         .await?;
         if let Some(table) = table {
             let layout = "distributed";
-            return Err(Unfit::Layout { table, layout });
+            return Err(PreflightError::Layout { table, layout });
         }
     }
     Ok(())
@@ -271,13 +271,13 @@ pub async fn check_layout(conn: &mut PgConnection) -> Result<(), Unfit> {
 /// Says how many migrations the database lacks.
 ///
 /// # Errors
-/// [`Unfit::NotMigrated`], or that it could not be asked.
-pub async fn check_migrations(conn: &mut PgConnection) -> Result<(), Unfit> {
+/// [`PreflightError::NotMigrated`], or that it could not be asked.
+pub async fn check_migrations(conn: &mut PgConnection) -> Result<(), PreflightError> {
     let total = MIGRATOR.iter().count();
     let applied = match conn.list_applied_migrations("_sqlx_migrations").await {
         Ok(applied) => applied,
         Err(sqlx::migrate::MigrateError::Execute(error))
-            if Trouble::of(&error) == Trouble::Misconfigured =>
+            if ErrorClass::of(&error) == ErrorClass::Misconfigured =>
         {
             vec![]
         }
@@ -289,7 +289,7 @@ pub async fn check_migrations(conn: &mut PgConnection) -> Result<(), Unfit> {
         .filter(|ours| !applied.iter().any(|theirs| theirs.version == ours.version))
         .count();
     if missing > 0 {
-        return Err(Unfit::NotMigrated { missing, total });
+        return Err(PreflightError::NotMigrated { missing, total });
     }
     Ok(())
 }

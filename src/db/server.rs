@@ -161,7 +161,7 @@ impl Server {
     /// Begins a transaction in which the settings are in force: one round trip.
     ///
     /// # Errors
-    /// What the database said.
+    /// Any database error.
     pub async fn begin<'c>(
         &self,
         conn: &'c mut PgConnection,

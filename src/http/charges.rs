@@ -14,11 +14,11 @@ use super::{
     command::{Command, FromParams},
     exchange::Exchange,
     json,
-    page::{Asked, list_of},
+    list_query::{ListQuery, list_of},
     params::{Params, missing, not_allowed},
 };
 use crate::{
-    changes::{CaptureRequest, Change, ChangeCharge},
+    changes::{CaptureRequest, ChangeCharge, ChargeChange},
     charges::{self, Charge, ChargeRequest, ChargeUpdate, CreateCharge, FindsAnother, Guard},
     db,
     error::{BadParameter, Error, ParameterCode},
@@ -153,7 +153,7 @@ pub(super) async fn update(
     command: Command<ChargeUpdate>,
 ) -> Result<Response, Error> {
     let (command, update) = command.split();
-    change(&app, charge_id(id)?, command, Change::Update(update)).await
+    change(&app, charge_id(id)?, command, ChargeChange::Update(update)).await
 }
 
 /// `POST /v1/charges/{id}/capture`
@@ -163,7 +163,13 @@ pub(super) async fn capture(
     command: Command<CaptureRequest>,
 ) -> Result<Response, Error> {
     let (command, request) = command.split();
-    change(&app, charge_id(id)?, command, Change::Capture(request)).await
+    change(
+        &app,
+        charge_id(id)?,
+        command,
+        ChargeChange::Capture(request),
+    )
+    .await
 }
 
 /// Has a change done, and answers with what it came to.
@@ -171,7 +177,7 @@ pub(super) async fn change(
     app: &App,
     charge_id: ChargeId,
     command: Command<()>,
-    change: Change,
+    change: ChargeChange,
 ) -> Result<Response, Error> {
     let change = ChangeCharge {
         scope: command.scope,
@@ -223,10 +229,10 @@ pub(super) async fn list(
 ) -> Result<Response, Error> {
     let mut params = Params::from_form(query.unwrap_or_default().as_bytes())?;
     let customer = params.text("customer", CUSTOMER_MAX)?;
-    let asked = Asked::<ChargeId>::take(&mut params)?;
+    let query = ListQuery::<ChargeId>::take(&mut params)?;
     params.finish()?;
     let there = |id| find(&app, exchange, caller, id);
-    let page = asked
+    let page = query
         .page(async |id| Ok(there(id).await?.map(|charge| charge.id.0)))
         .await?;
     let _turn = app.admission.turn(exchange.deadline).await?;
@@ -248,8 +254,8 @@ async fn find(
     caller: Caller,
     id: ChargeId,
 ) -> Result<Option<Charge>, Error> {
-    let asked = app.reader.charge(caller.account_id, id, exchange.deadline);
-    asked.await
+    let charge = app.reader.charge(caller.account_id, id, exchange.deadline);
+    charge.await
 }
 
 /// Whether the request says that it is no duplicate of one that it looks like.

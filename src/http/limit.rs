@@ -36,7 +36,7 @@ impl Limits {
     }
 
     /// Forgets the accounts that have been quiet.
-    pub fn forget_the_quiet(&self) {
+    pub fn evict_idle(&self) {
         if let Some(limiter) = &self.0 {
             limiter.retain_recent();
         }

@@ -21,8 +21,8 @@ use utoipa::{
 
 use super::{
     charges::{CUSTOMER_MAX, DESCRIPTION_MAX, SOURCE_MAX},
-    keys,
-    page::{LIMIT_DEFAULT, LIMIT_MAX, POLLING_OVERLAP, SECOND_MAX},
+    idempotency_keys,
+    list_query::{LIMIT_DEFAULT, LIMIT_MAX, POLLING_OVERLAP, SECOND_MAX},
     params::{METADATA_KEY_MAX, METADATA_VALUE_MAX},
 };
 use crate::{
@@ -605,7 +605,7 @@ fn charge_schema() -> RefOr<Schema> {
 
 fn idempotency_key_schema() -> RefOr<Schema> {
     limited(
-        keys::Wire::schema(),
+        idempotency_keys::Wire::schema(),
         &[
             ("object", one_of(&["idempotency_key"])),
             ("state", one_of(&["in_progress", "answered"])),

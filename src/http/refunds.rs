@@ -13,11 +13,11 @@ use super::{
     command::{Command, FromParams},
     exchange::Exchange,
     json,
-    page::{Asked, list_of},
+    list_query::{ListQuery, list_of},
     params::{Params, missing, not_allowed},
 };
 use crate::{
-    changes::Change,
+    changes::ChargeChange,
     db,
     error::{BadParameter, Error},
     ids::{ChargeId, RefundId},
@@ -58,7 +58,7 @@ pub(super) async fn create(
     command: Command<RefundRequest>,
 ) -> Result<Response, Error> {
     let (command, request) = command.split();
-    change(&app, request.charge, command, Change::Refund(request)).await
+    change(&app, request.charge, command, ChargeChange::Refund(request)).await
 }
 
 /// `GET /v1/refunds/{id}`
@@ -87,7 +87,7 @@ pub(super) async fn list(
 ) -> Result<Response, Error> {
     let mut params = Params::from_form(query.unwrap_or_default().as_bytes())?;
     let charge = params.text("charge", 255)?;
-    let asked = Asked::<RefundId>::take(&mut params)?;
+    let query = ListQuery::<RefundId>::take(&mut params)?;
     params.finish()?;
     let charge: Option<ChargeId> = charge
         .map(|id| {
@@ -96,7 +96,7 @@ pub(super) async fn list(
         })
         .transpose()?;
     let _turn = app.admission.turn(exchange.deadline).await?;
-    let page = asked
+    let page = query
         .page(async |id| {
             let there = find(&app, exchange, caller, id).await?;
             Ok(there.map(|refund| refund.id.0))

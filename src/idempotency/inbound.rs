@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use sqlx::{PgConnection, types::Uuid};
 
 use super::{
-    Answer, Claimed, Duplicate, Fingerprint, Key, Rules, Scenario, Scope, claim, store::NewRow,
+    Answer, Duplicate, Fingerprint, Key, KeyClaim, Rules, Scenario, Scope, claim, store::NewRow,
 };
 use crate::{
     db::replication,
@@ -82,7 +82,7 @@ impl Identity<'_> {
 /// done. The same one may stand among them twice.
 ///
 /// # Errors
-/// What the database said; nothing of the transaction may be kept then.
+/// Any database error; nothing of the transaction may be kept then.
 pub async fn accept(
     conn: &mut PgConnection,
     account_id: AccountId,
@@ -118,7 +118,7 @@ pub async fn accept(
     let claims = claim(conn, &rows).await?;
     // "Duplicate" is said of rows that others wrote.
     let standbys =
-        |claim: &Claimed| matches!(claim, Claimed::Answered(row) if row.written_by.is_some());
+        |claim: &KeyClaim| matches!(claim, KeyClaim::Answered(row) if row.written_by.is_some());
     if claims.iter().any(standbys) {
         replication::leave_record(conn).await?;
     }
@@ -126,9 +126,9 @@ pub async fn accept(
         .iter()
         .zip(claims)
         .map(|(message, claim)| match claim {
-            Claimed::Claimed => Accepted::New,
-            Claimed::InUse => Accepted::InUse,
-            Claimed::Answered(_) => match rules.of(message.scenario()).duplicate {
+            KeyClaim::Claimed => Accepted::New,
+            KeyClaim::InUse => Accepted::InUse,
+            KeyClaim::Answered(_) => match rules.of(message.scenario()).duplicate {
                 Duplicate::Refuse => Accepted::Refused,
                 Duplicate::Skip | Duplicate::Replay => Accepted::Duplicate,
             },

@@ -48,7 +48,7 @@ pub struct Rules([Rule; Scenario::ALL.len()]);
 
 /// A rule that differs from the default: `webhook=14d` or `form=2h,refuse`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Change {
+pub struct RuleOverride {
     scenario: Scenario,
     keep: Duration,
     duplicate: Option<Duplicate>,
@@ -151,7 +151,7 @@ impl Rules {
     ///
     /// # Errors
     /// The name of a scenario that is changed twice.
-    pub fn with(changes: &[Change]) -> Result<Self, String> {
+    pub fn with(changes: &[RuleOverride]) -> Result<Self, String> {
         let mut rules = Self::default();
         for (i, change) in changes.iter().enumerate() {
             if changes[..i]
@@ -187,7 +187,7 @@ impl fmt::Display for Rules {
     }
 }
 
-impl FromStr for Change {
+impl FromStr for RuleOverride {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
@@ -303,7 +303,7 @@ mod tests {
             ("keyless=1m,skip", "can get: refuse, replay"),
             ("webhook=1h,replay", "can get: skip, refuse"),
         ] {
-            let said = text.parse::<Change>().unwrap_err();
+            let said = text.parse::<RuleOverride>().unwrap_err();
             assert!(said.contains(why), "{text}: {said}");
         }
         let twice = ["form=1h", "form=2h"].map(|text| text.parse().unwrap());

@@ -30,7 +30,7 @@ use sqlx::{FromRow, PgExecutor, PgPool};
 use tokio::time::Instant;
 use tracing::{debug, warn};
 
-use crate::db::{self, Trouble, Unprepared};
+use crate::db::{self, ErrorClass, NonPersistent};
 
 /// Rows of one step. Large enough that the steps' commits do not count, small
 /// enough that a step takes milliseconds.
@@ -127,7 +127,7 @@ impl Purge {
             limit,
         );
         // All of its one row, so that the commit is waited for.
-        let rows = executor.fetch_all(Unprepared(query)).await?;
+        let rows = executor.fetch_all(NonPersistent(query)).await?;
         let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
         let (count, last, now) = <(i64, Option<DateTime<Utc>>, DateTime<Utc>)>::from_row(row)?;
         if count < limit {
@@ -177,7 +177,7 @@ impl Purge {
 fn took_too_long(error: &sqlx::Error) -> bool {
     let timed_out =
         matches!(error, sqlx::Error::Io(error) if error.kind() == std::io::ErrorKind::TimedOut);
-    timed_out || Trouble::of(error) == Trouble::TimedOut
+    timed_out || ErrorClass::of(error) == ErrorClass::TimedOut
 }
 
 /// Deletes up to `limit` expired rows, oldest first, and returns how many.

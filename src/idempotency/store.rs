@@ -14,7 +14,7 @@ use sqlx::{PgConnection, PgPool, types::Uuid};
 
 use super::{Answer, Fingerprint, Scope, held::HeldKeys};
 use crate::{
-    db::{position, replication::WrittenBy, unreadable},
+    db::{corrupt_column, position, replication::WrittenBy},
     ids::RequestId,
 };
 
@@ -63,7 +63,7 @@ pub struct KeyRow {
 /// The same key may stand among them twice: the first gets it.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn claim(conn: &mut PgConnection, rows: &[NewRow<'_>]) -> Result<Vec<bool>, sqlx::Error> {
     let columns = Columns::of(rows);
     // The try-lock keeps the batch from waiting for a key that another
@@ -113,7 +113,7 @@ pub async fn claim(conn: &mut PgConnection, rows: &[NewRow<'_>]) -> Result<Vec<b
 /// Reads the rows of these keys as they are now; `None` where none can be seen.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn read(
     conn: &mut PgConnection,
     scopes: &[&Scope],
@@ -153,7 +153,7 @@ pub async fn read(
         };
         rows[position(row.position)] = Some(KeyRow {
             fingerprint: Fingerprint::from_column(&row.request_hash)
-                .ok_or_else(|| unreadable("request_hash"))?,
+                .ok_or_else(|| corrupt_column("request_hash"))?,
             digests: row.field_digests,
             operation_id: row.operation_id,
             request_id: RequestId(row.request_id),
@@ -192,7 +192,7 @@ pub enum History {
 /// What is known of a key.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn history(
     pool: &PgPool,
     held_keys: &HeldKeys,
@@ -238,7 +238,7 @@ async fn history_of_row(pool: &PgPool, scope: &Scope) -> Result<Option<History>,
 /// transaction is at, or that was claimed anew meanwhile, stays.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn free_expired(
     conn: &mut PgConnection,
     scopes: &[&Scope],
@@ -283,7 +283,7 @@ pub async fn free_expired(
 /// else the rows say now.
 ///
 /// # Errors
-/// What the database said; [`sqlx::Error::RowNotFound`] if a row is not there any
+/// Any database error; [`sqlx::Error::RowNotFound`] if a row is not there any
 /// more, and nothing of the transaction may be kept then.
 pub async fn answer(conn: &mut PgConnection, rows: &[NewRow<'_>]) -> Result<(), sqlx::Error> {
     let columns = Columns::of(rows);
@@ -344,7 +344,7 @@ pub async fn answer(conn: &mut PgConnection, rows: &[NewRow<'_>]) -> Result<(), 
 /// Gives keys up that this transaction has claimed: as if it never had.
 ///
 /// # Errors
-/// What the database said.
+/// Any database error.
 pub async fn release(conn: &mut PgConnection, scopes: &[&Scope]) -> Result<(), sqlx::Error> {
     sqlx::query!(
         r#"

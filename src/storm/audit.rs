@@ -27,7 +27,7 @@ use super::{
 };
 use crate::{
     cli::Failure,
-    db::{self, Trouble},
+    db::{self, ErrorClass},
 };
 
 /// How far the replicas' clocks may be off: lists are in the order of ids, and
@@ -319,7 +319,7 @@ async fn read_tables(
             Ok(findings) => return Ok(findings),
             Err(error) => error,
         };
-        if Trouble::of(&error) != Trouble::Passing || Instant::now() >= give_up {
+        if ErrorClass::of(&error) != ErrorClass::Transient || Instant::now() >= give_up {
             return Err(format!(
                 "the tables cannot be audited ({}): {}",
                 db::server_name(&options),

@@ -33,7 +33,7 @@ const PAUSE_MAX: Duration = Duration::from_millis(400);
 /// A customer comes with one key less often than this.
 const SESSIONS_MAX: u16 = 8;
 
-/// How the asking ended for one wish.
+/// How the asking ended for one operation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Ended {
     /// With an outcome.

@@ -251,7 +251,7 @@ impl Dice {
         Habits::draw(&mut self.stream(customer, PLAN - u32::from(number)))
     }
 
-    /// Of the `attempt`th request of a customer's `session`th wish.
+    /// Of the `attempt`th request of a customer's `session`th operation.
     pub fn request(&self, customer: u32, session: u16, attempt: u16) -> Course {
         let purpose = u32::from(session + 1) << 16 | u32::from(attempt);
         let mut rng = self.stream(customer, purpose);

@@ -10,16 +10,16 @@ use tokio::{
 };
 use tracing::{debug, error, warn};
 
-use super::{Command, Job, Options, Settled, Verdict, change};
+use super::{Command, Job, KeyRecord, Options, Resolution, change};
 use crate::{
-    charges::{self, Claimed, CreateCharge, FindsAnother},
+    charges::{self, CreateCharge, CreateClaim, FindsAnother},
     db::{
-        self, Session, Trouble, backoff, describe,
+        self, ErrorClass, Session, backoff, describe,
         replication::{self, Replication, WrittenBy},
     },
     error::{Error, Unavailable},
     idempotency::{
-        self, Answer, Scope, Taken,
+        self, Answer, Conflict, KeyClaim, Scope,
         store::{self, KeyRow, NewRow},
     },
     ids::ChargeId,
@@ -38,22 +38,22 @@ const BATCH_BYTES_MAX: usize = 1 << 20;
 
 /// What an attempt found out about one command.
 #[derive(Debug)]
-pub(super) enum Found {
+pub(super) enum AttemptOutcome {
     /// Its key's row, as this transaction wrote it.
-    Row(Arc<Settled>),
+    Row(Arc<KeyRecord>),
     /// Its key's row, as another transaction wrote it, and which one where there are
     /// synchronous standbys.
-    Known(Arc<Settled>, Option<WrittenBy>),
+    Known(Arc<KeyRecord>, Option<WrittenBy>),
     /// Another transaction holds its key, or its guard.
     Held,
     /// Nothing was done, and its key is free, for this reason.
     Undone(Error),
 }
 
-impl Found {
+impl AttemptOutcome {
     /// What this transaction has made.
     fn own(command: &CreateCharge, duplicate_of: Option<ChargeId>) -> Self {
-        Self::Row(Arc::new(Settled {
+        Self::Row(Arc::new(KeyRecord {
             fingerprint: command.fingerprint,
             digests: Some(command.digests.as_bytes().to_vec()),
             operation_id: command.charge.id.0,
@@ -67,8 +67,8 @@ impl Found {
     pub(super) fn row(row: KeyRow) -> Result<Self, sqlx::Error> {
         let answer = row
             .answer
-            .ok_or_else(|| db::unreadable("response_status"))?;
-        let settled = Settled {
+            .ok_or_else(|| db::corrupt_column("response_status"))?;
+        let settled = KeyRecord {
             fingerprint: row.fingerprint,
             digests: row.digests,
             operation_id: row.operation_id,
@@ -90,9 +90,9 @@ impl Found {
     /// Tells all that wait for the key, or goes back to the queue.
     fn conclude(self, job: Job) {
         match self {
-            Self::Row(row) | Self::Known(row, _) => job.conclude(&Verdict::Row(row)),
-            Self::Undone(why) => job.conclude(&Verdict::Undone(why)),
-            Self::Held => come_back_later(job),
+            Self::Row(row) | Self::Known(row, _) => job.conclude(&Resolution::Row(row)),
+            Self::Undone(why) => job.conclude(&Resolution::Undone(why)),
+            Self::Held => requeue(job),
         }
     }
 }
@@ -134,7 +134,7 @@ pub(super) async fn run(
         if batch.is_empty() {
             return;
         }
-        task.see_through(batch).await;
+        task.process_batch(batch).await;
     }
 }
 
@@ -155,10 +155,10 @@ async fn next_batch(jobs: &mut mpsc::UnboundedReceiver<Job>, count_max: usize) -
 
 impl Task {
     /// Has every job of the batch concluded or back in the queue.
-    async fn see_through(&mut self, batch: Vec<Job>) {
+    async fn process_batch(&mut self, batch: Vec<Job>) {
         let mut parts = vec![batch];
         while let Some(part) = parts.pop() {
-            if let Some((first, second)) = self.see_part_through(part).await {
+            if let Some((first, second)) = self.run_until_settled(part).await {
                 // The first half is tried first: it has waited longest.
                 parts.extend([second, first]);
             }
@@ -167,11 +167,11 @@ impl Task {
 
     /// Has every job concluded or back in the queue, or gives the halves to try
     /// apart.
-    async fn see_part_through(&mut self, mut part: Vec<Job>) -> Option<(Vec<Job>, Vec<Job>)> {
+    async fn run_until_settled(&mut self, mut part: Vec<Job>) -> Option<(Vec<Job>, Vec<Job>)> {
         let mut pauses = backoff();
-        let mut careful = false;
+        let mut check_purged_refunds = false;
         loop {
-            part = give_up_late(part);
+            part = expire_overdue(part);
             if part.is_empty() {
                 return None;
             }
@@ -179,7 +179,7 @@ impl Task {
                 self.answer_known(part).await;
                 return None;
             }
-            let error = match self.attempt(&mut part, careful).await {
+            let error = match self.attempt(&mut part, check_purged_refunds).await {
                 Ok(found) => {
                     for (job, found) in part.into_iter().zip(found) {
                         found.conclude(job);
@@ -194,30 +194,36 @@ impl Task {
                     }
                     continue;
                 }
-                Err(Failure::Error(error)) if !careful && change::met_an_old_refund(&error) => {
-                    careful = true;
+                Err(Failure::Error(error))
+                    if !check_purged_refunds && change::met_an_old_refund(&error) =>
+                {
+                    check_purged_refunds = true;
                     continue;
                 }
                 Err(Failure::Error(error)) => error,
             };
-            let trouble = Trouble::of(&error);
-            warn!(error = %describe(&error), ?trouble, batch_len = part.len(), "a batch failed");
-            match trouble {
-                Trouble::Passing | Trouble::TableLocked => {
+            let class = ErrorClass::of(&error);
+            warn!(error = %describe(&error), ?class, batch_len = part.len(), "a batch failed");
+            match class {
+                ErrorClass::Transient | ErrorClass::TableLocked => {
                     tokio::time::sleep(pauses.next().unwrap_or_default()).await;
                 }
-                Trouble::RowLocked | Trouble::TimedOut | Trouble::Refused if part.len() > 1 => {
+                ErrorClass::RowLocked | ErrorClass::TimedOut | ErrorClass::Rejected
+                    if part.len() > 1 =>
+                {
                     return Some(halves(part));
                 }
-                Trouble::RowLocked => {
-                    part.into_iter().for_each(come_back_later);
+                ErrorClass::RowLocked => {
+                    part.into_iter().for_each(requeue);
                     return None;
                 }
-                Trouble::Exhausted | Trouble::Misconfigured | Trouble::TimedOut => {
-                    conclude_all(part, &Verdict::Unavailable(Unavailable::Database));
+                ErrorClass::ResourceExhausted
+                | ErrorClass::Misconfigured
+                | ErrorClass::TimedOut => {
+                    conclude_all(part, &Resolution::Unavailable(Unavailable::Database));
                     return None;
                 }
-                Trouble::Refused => {
+                ErrorClass::Rejected => {
                     for job in part {
                         error!(
                             error = %describe(&error),
@@ -225,7 +231,7 @@ impl Task {
                             charge_id = %job.command.charge_id(),
                             "the database refuses a command"
                         );
-                        job.conclude(&Verdict::Internal);
+                        job.conclude(&Resolution::Internal);
                     }
                     return None;
                 }
@@ -241,7 +247,11 @@ impl Task {
     }
 
     /// One transaction for all. What comes back is committed.
-    async fn attempt(&mut self, part: &mut [Job], careful: bool) -> Result<Vec<Found>, Failure> {
+    async fn attempt(
+        &mut self,
+        part: &mut [Job],
+        check_purged_refunds: bool,
+    ) -> Result<Vec<AttemptOutcome>, Failure> {
         let commands: Vec<&Command> = part.iter().map(|job| &*job.command).collect();
         let mut session = match self.session.take() {
             Some(session) => session,
@@ -255,7 +265,7 @@ impl Task {
         let ended = timeout(ATTEMPT_TIMEOUT, async {
             let Session { conn, server, .. } = &mut session;
             let mut transaction = self.options.server.begin(conn).await?;
-            let found = write(&mut transaction, &commands, careful).await?;
+            let found = write(&mut transaction, &commands, check_purged_refunds).await?;
             let confirmed = self.replication.confirmed(server);
             let unconfirmed = found
                 .iter()
@@ -291,10 +301,12 @@ impl Task {
         };
         match &failure {
             Failure::Error(error) if error.as_database_error().is_some() => {
-                match Trouble::of(error) {
+                match ErrorClass::of(error) {
                     // The session may be a part of what is wrong.
-                    Trouble::Passing | Trouble::Exhausted | Trouble::Misconfigured => {}
-                    Trouble::Refused if part.len() == 1 => {}
+                    ErrorClass::Transient
+                    | ErrorClass::ResourceExhausted
+                    | ErrorClass::Misconfigured => {}
+                    ErrorClass::Rejected if part.len() == 1 => {}
                     _ => self.session = Some(session),
                 }
             }
@@ -320,20 +332,20 @@ impl Task {
         for (job, known) in part.into_iter().zip(known) {
             let pause = Duration::from_millis(rand::rng().random_range(100..=200));
             if let Some(row) = known {
-                job.conclude(&Verdict::Row(row));
+                job.conclude(&Resolution::Row(row));
             } else if !self.replication.is_stalled() {
                 job.enqueue();
             } else if Instant::now() + pause < job.deadline {
                 job.enqueue_after(pause);
             } else {
-                job.conclude(&Verdict::Unavailable(Unavailable::StandbyAway));
+                job.conclude(&Resolution::Unavailable(Unavailable::StandbyAway));
             }
         }
     }
 
     /// The rows of these jobs' keys that are durable already. Notes as well whether
     /// COMMITs still wait.
-    async fn look_up(&mut self, part: &[Job]) -> Result<Vec<Option<Arc<Settled>>>, sqlx::Error> {
+    async fn look_up(&mut self, part: &[Job]) -> Result<Vec<Option<Arc<KeyRecord>>>, sqlx::Error> {
         let mut session = match self.session.take() {
             Some(session) => session,
             None => self.connect().await?,
@@ -351,9 +363,11 @@ impl Task {
         let confirmed = self.replication.confirmed(&session.server);
         self.session = Some(session);
         let answered = |row: KeyRow| {
-            let found = Found::row(row).ok()?;
+            let found = AttemptOutcome::row(row).ok()?;
             match found {
-                Found::Known(row, by) if by.is_none_or(|by| by.xid < confirmed) => Some(row),
+                AttemptOutcome::Known(row, by) if by.is_none_or(|by| by.xid < confirmed) => {
+                    Some(row)
+                }
                 _ => None,
             }
         };
@@ -369,28 +383,28 @@ fn halves(mut part: Vec<Job>) -> (Vec<Job>, Vec<Job>) {
     (part, second)
 }
 
-fn conclude_all(part: Vec<Job>, verdict: &Verdict) {
+fn conclude_all(part: Vec<Job>, verdict: &Resolution) {
     for job in part {
         job.conclude(verdict);
     }
 }
 
 /// Concludes the jobs whose time is up.
-fn give_up_late(part: Vec<Job>) -> Vec<Job> {
+fn expire_overdue(part: Vec<Job>) -> Vec<Job> {
     let now = Instant::now();
     let (late, rest): (Vec<_>, Vec<_>) = part.into_iter().partition(|job| job.deadline <= now);
-    conclude_all(late, &Verdict::Unavailable(Unavailable::Database));
+    conclude_all(late, &Resolution::Unavailable(Unavailable::Database));
     rest
 }
 
 /// Another transaction is at the key: asks again in a moment, until the wait
 /// has passed.
-fn come_back_later(job: Job) {
+fn requeue(job: Job) {
     let pause = Duration::from_millis(rand::rng().random_range(10..=25));
     if Instant::now() + pause < job.wait_until {
         job.enqueue_after(pause);
     } else {
-        job.conclude(&Verdict::InUse);
+        job.conclude(&Resolution::InUse);
     }
 }
 
@@ -399,8 +413,8 @@ fn come_back_later(job: Job) {
 async fn write(
     conn: &mut PgConnection,
     commands: &[&Command],
-    careful: bool,
-) -> Result<Vec<Found>, sqlx::Error> {
+    check_purged_refunds: bool,
+) -> Result<Vec<AttemptOutcome>, sqlx::Error> {
     let (mut creations, mut of_creations) = (Vec::new(), Vec::new());
     let (mut changes, mut of_changes) = (Vec::new(), Vec::new());
     for (i, command) in commands.iter().enumerate() {
@@ -415,7 +429,7 @@ async fn write(
             }
         }
     }
-    let mut found: Vec<Found> = commands.iter().map(|_| Found::Held).collect();
+    let mut found: Vec<AttemptOutcome> = commands.iter().map(|_| AttemptOutcome::Held).collect();
     if !creations.is_empty() {
         for (i, what) in of_creations
             .into_iter()
@@ -425,7 +439,7 @@ async fn write(
         }
     }
     if !changes.is_empty() {
-        let done = change::write(conn, &changes, careful).await?;
+        let done = change::write(conn, &changes, check_purged_refunds).await?;
         for (i, what) in of_changes.into_iter().zip(done) {
             found[i] = what;
         }
@@ -437,19 +451,19 @@ async fn write(
 async fn create(
     conn: &mut PgConnection,
     commands: &[&CreateCharge],
-) -> Result<Vec<Found>, sqlx::Error> {
+) -> Result<Vec<AttemptOutcome>, sqlx::Error> {
     let mut claims = charges::claim_and_insert(conn, commands).await?;
-    let mut found: Vec<Found> = commands.iter().map(|_| Found::Held).collect();
+    let mut found: Vec<AttemptOutcome> = commands.iter().map(|_| AttemptOutcome::Held).collect();
 
     let taken = positions(&claims, Option::is_none);
     if !taken.is_empty() {
         let mut freed = Vec::new();
-        let why = idempotency::why_taken(conn, &scopes(commands, &taken)).await?;
+        let why = idempotency::resolve_conflicts(conn, &scopes(commands, &taken)).await?;
         for (&i, why) in taken.iter().zip(why) {
             match why {
-                Taken::Answered(row) => found[i] = Found::row(row)?,
-                Taken::Freed => freed.push(i),
-                Taken::InUse => {}
+                Conflict::Answered(row) => found[i] = AttemptOutcome::row(row)?,
+                Conflict::Freed => freed.push(i),
+                Conflict::InUse => {}
             }
         }
         if !freed.is_empty() {
@@ -461,23 +475,23 @@ async fn create(
         }
     }
 
-    let charged = positions(&claims, |claim| *claim == Some(Claimed::Charged));
+    let charged = positions(&claims, |claim| *claim == Some(CreateClaim::Charged));
     for &i in &charged {
-        found[i] = Found::own(commands[i], None);
+        found[i] = AttemptOutcome::own(commands[i], None);
     }
-    stand_guard(conn, commands, &charged, &mut found).await?;
+    claim_duplicate_guards(conn, commands, &charged, &mut found).await?;
 
-    let mut existing = positions(&claims, |claim| *claim == Some(Claimed::ChargeExists));
+    let mut existing = positions(&claims, |claim| *claim == Some(CreateClaim::ChargeExists));
     // Without a key it can only have met itself: its COMMIT was lost, and its key
     // has expired since.
     for i in existing.extract_if(.., |i| !commands[*i].keyed) {
-        found[i] = Found::own(commands[i], None);
+        found[i] = AttemptOutcome::own(commands[i], None);
     }
     if !existing.is_empty() {
         let commands: Vec<&CreateCharge> = existing.iter().map(|&i| commands[i]).collect();
         let rows = answer_from_charges(conn, &commands).await?;
         for (i, row) in existing.into_iter().zip(rows) {
-            found[i] = Found::Row(Arc::new(row));
+            found[i] = AttemptOutcome::Row(Arc::new(row));
         }
     }
     Ok(found)
@@ -485,11 +499,11 @@ async fn create(
 
 /// Has the charges that were just made hold their guards, and takes those back
 /// that must not be made beside another one.
-async fn stand_guard(
+async fn claim_duplicate_guards(
     conn: &mut PgConnection,
     commands: &[&CreateCharge],
     charged: &[usize],
-    found: &mut [Found],
+    found: &mut [AttemptOutcome],
 ) -> Result<(), sqlx::Error> {
     let nothing = Answer {
         status: 200,
@@ -511,25 +525,25 @@ async fn stand_guard(
     let (mut withdrawn, mut warned) = (Vec::new(), Vec::new());
     for ((i, guard), claim) in guarded.into_iter().zip(claims) {
         found[i] = match (claim, guard.finds_another) {
-            (idempotency::Claimed::Claimed, _) | (_, FindsAnother::Allowed) => continue,
-            (idempotency::Claimed::Answered(row), FindsAnother::Warned) => {
+            (KeyClaim::Claimed, _) | (_, FindsAnother::Allowed) => continue,
+            (KeyClaim::Answered(row), FindsAnother::Warned) => {
                 let original = ChargeId(row.operation_id);
                 warned.push((commands[i], commands[i].answer_beside(original)));
-                Found::own(commands[i], Some(original))
+                AttemptOutcome::own(commands[i], Some(original))
             }
-            (idempotency::Claimed::Answered(row), FindsAnother::Refused) => {
+            (KeyClaim::Answered(row), FindsAnother::Refused) => {
                 withdrawn.push(commands[i]);
-                Found::Undone(Error::DuplicateCharge(ChargeId(row.operation_id)))
+                AttemptOutcome::Undone(Error::DuplicateCharge(ChargeId(row.operation_id)))
             }
             // Another transaction makes such a charge now, or fails to.
-            (idempotency::Claimed::InUse, _) => {
+            (KeyClaim::InUse, _) => {
                 withdrawn.push(commands[i]);
-                Found::Held
+                AttemptOutcome::Held
             }
         };
     }
     if !withdrawn.is_empty() {
-        charges::withdraw(conn, &withdrawn).await?;
+        charges::undo_create(conn, &withdrawn).await?;
     }
     // With the claim's own transaction, so that no replay is without it.
     let rows: Vec<_> = warned
@@ -550,14 +564,14 @@ async fn stand_guard(
 async fn answer_from_charges(
     conn: &mut PgConnection,
     commands: &[&CreateCharge],
-) -> Result<Vec<Settled>, sqlx::Error> {
+) -> Result<Vec<KeyRecord>, sqlx::Error> {
     let scopes: Vec<_> = commands.iter().map(|command| &command.scope).collect();
     let charges = charges::by_key(conn, &scopes).await?;
     let mut settled = Vec::with_capacity(commands.len());
     for charge in charges {
         // The claim met it a moment ago, and charges are never deleted.
         let (fingerprint, charge) = charge.ok_or(sqlx::Error::RowNotFound)?;
-        settled.push(Settled {
+        settled.push(KeyRecord {
             fingerprint,
             digests: None,
             operation_id: charge.id.0,

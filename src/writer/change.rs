@@ -26,12 +26,12 @@ use std::{
 
 use sqlx::PgConnection;
 
-use super::{Settled, batch::Found};
+use super::{KeyRecord, batch::AttemptOutcome};
 use crate::{
-    changes::{Change, ChangeCharge, Decision},
+    changes::{ChangeCharge, ChargeChange, Decision},
     charges,
     error::Error,
-    idempotency::{self, Answer, Claimed, Scope, store},
+    idempotency::{self, Answer, KeyClaim, Scope, store},
     refunds,
 };
 
@@ -49,13 +49,13 @@ pub(super) fn met_an_old_refund(error: &sqlx::Error) -> bool {
     )
 }
 
-/// What `begin` and `commit` go around. `careful`: looks for refunds that carry a
+/// What `begin` and `commit` go around. `check_purged_refunds`: looks for refunds that carry a
 /// key although its row is gone.
 pub(super) async fn write(
     conn: &mut PgConnection,
     changes: &[&ChangeCharge],
-    careful: bool,
-) -> Result<Vec<Found>, sqlx::Error> {
+    check_purged_refunds: bool,
+) -> Result<Vec<AttemptOutcome>, sqlx::Error> {
     let rows: Vec<_> = changes.iter().map(|change| change.row()).collect();
     let mut found = Vec::with_capacity(changes.len());
     let mut claimed = Vec::new();
@@ -65,16 +65,16 @@ pub(super) async fn write(
         .enumerate()
     {
         found.push(match claim {
-            Claimed::Answered(row) => Found::row(row)?,
-            Claimed::InUse => Found::Held,
-            Claimed::Claimed => {
+            KeyClaim::Answered(row) => AttemptOutcome::row(row)?,
+            KeyClaim::InUse => AttemptOutcome::Held,
+            KeyClaim::Claimed => {
                 claimed.push(i);
-                Found::Held
+                AttemptOutcome::Held
             }
         });
     }
-    let mut answers: Vec<(usize, Arc<Settled>)> = Vec::new();
-    if careful {
+    let mut answers: Vec<(usize, Arc<KeyRecord>)> = Vec::new();
+    if check_purged_refunds {
         claimed = settle_old(conn, changes, claimed, &mut answers).await?;
     }
     let Performed {
@@ -99,20 +99,20 @@ pub(super) async fn write(
         store::answer(conn, &rows).await?;
     }
     if !missing.is_empty() || !held.is_empty() {
-        // What is held is `Found::Held` already, and comes back.
+        // What is held is `AttemptOutcome::Held` already, and comes back.
         let undone = missing.iter().chain(&held);
         let scopes: Vec<&Scope> = undone.map(|&i| &changes[i].scope).collect();
         store::release(conn, &scopes).await?;
     }
     for i in missing {
         let param = match changes[i].change {
-            Change::Refund(_) => Some("charge"),
-            Change::Capture(_) | Change::Update(_) => None,
+            ChargeChange::Refund(_) => Some("charge"),
+            ChargeChange::Capture(_) | ChargeChange::Update(_) => None,
         };
-        found[i] = Found::Undone(Error::ResourceMissing { param });
+        found[i] = AttemptOutcome::Undone(Error::ResourceMissing { param });
     }
     for (i, row) in answers {
-        found[i] = Found::Row(row);
+        found[i] = AttemptOutcome::Row(row);
     }
     Ok(found)
 }
@@ -121,7 +121,7 @@ pub(super) async fn write(
 #[derive(Default)]
 struct Performed {
     /// The charge's state does not allow it, with what is to be answered.
-    refused: Vec<(usize, Arc<Settled>)>,
+    refused: Vec<(usize, Arc<KeyRecord>)>,
     /// The charge is not there.
     missing: Vec<usize>,
     /// Another transaction holds the charge.
@@ -134,7 +134,7 @@ async fn perform(
     conn: &mut PgConnection,
     changes: &[&ChangeCharge],
     claimed: &[usize],
-    answers: &mut Vec<(usize, Arc<Settled>)>,
+    answers: &mut Vec<(usize, Arc<KeyRecord>)>,
 ) -> Result<Performed, sqlx::Error> {
     let id = |i: usize| (changes[i].scope.account_id, changes[i].charge_id);
     let ids: BTreeSet<_> = claimed.iter().map(|&i| id(i)).collect();
@@ -149,7 +149,7 @@ async fn perform(
     let there = if absent.is_empty() {
         HashSet::new()
     } else {
-        charges::there(conn, &absent).await?
+        charges::existing_ids(conn, &absent).await?
     };
     let mut performed = Performed::default();
     let (mut made, mut dirty) = (Vec::new(), HashSet::new());
@@ -197,7 +197,7 @@ async fn settle_old(
     conn: &mut PgConnection,
     changes: &[&ChangeCharge],
     claimed: Vec<usize>,
-    answers: &mut Vec<(usize, Arc<Settled>)>,
+    answers: &mut Vec<(usize, Arc<KeyRecord>)>,
 ) -> Result<Vec<usize>, sqlx::Error> {
     let mut fresh = Vec::new();
     for (i, refund) in claimed
@@ -217,9 +217,9 @@ async fn settle_old(
 async fn settle_refused(
     conn: &mut PgConnection,
     changes: &[&ChangeCharge],
-    refused: Vec<(usize, Arc<Settled>)>,
+    refused: Vec<(usize, Arc<KeyRecord>)>,
     missing: Vec<usize>,
-    answers: &mut Vec<(usize, Arc<Settled>)>,
+    answers: &mut Vec<(usize, Arc<KeyRecord>)>,
 ) -> Result<Vec<usize>, sqlx::Error> {
     let positions: Vec<usize> = refused.iter().map(|(i, _)| *i).chain(missing).collect();
     if positions.is_empty() {
@@ -245,13 +245,13 @@ async fn earlier_refunds(
     conn: &mut PgConnection,
     changes: &[&ChangeCharge],
     positions: &[usize],
-) -> Result<Vec<Option<Arc<Settled>>>, sqlx::Error> {
+) -> Result<Vec<Option<Arc<KeyRecord>>>, sqlx::Error> {
     let scopes: Vec<&Scope> = positions.iter().map(|&i| &changes[i].scope).collect();
     let found = refunds::by_key(conn, &scopes).await?.into_iter();
     Ok(found
         .map(|found| {
             let (fingerprint, refund) = found?;
-            Some(Arc::new(Settled {
+            Some(Arc::new(KeyRecord {
                 fingerprint,
                 digests: None,
                 operation_id: refund.id.0,
@@ -269,13 +269,13 @@ async fn earlier_charges(
     conn: &mut PgConnection,
     changes: &[&ChangeCharge],
     positions: &[usize],
-) -> Result<Vec<Option<Arc<Settled>>>, sqlx::Error> {
+) -> Result<Vec<Option<Arc<KeyRecord>>>, sqlx::Error> {
     let scopes: Vec<&Scope> = positions.iter().map(|&i| &changes[i].scope).collect();
     let found = charges::by_key(conn, &scopes).await?.into_iter();
     Ok(found
         .map(|found| {
             let (fingerprint, charge) = found?;
-            Some(Arc::new(Settled {
+            Some(Arc::new(KeyRecord {
                 fingerprint,
                 digests: None,
                 operation_id: charge.id.0,
@@ -287,8 +287,8 @@ async fn earlier_charges(
         .collect())
 }
 
-fn own(change: &ChangeCharge, answer: Answer) -> Arc<Settled> {
-    Arc::new(Settled {
+fn own(change: &ChangeCharge, answer: Answer) -> Arc<KeyRecord> {
+    Arc::new(KeyRecord {
         fingerprint: change.fingerprint,
         digests: Some(change.digests.as_bytes().to_vec()),
         operation_id: change.operation_id,

@@ -96,7 +96,7 @@ class Charges(Case):
         captured = self.charges.capture(self.charge(capture=False).id)
         self.assertEqual(captured.amount_captured, 5000)
 
-    def test_two_wishes_are_two_charges(self):
+    def test_two_operations_are_two_charges(self):
         # The SDK makes a key of its own for each.
         self.assertNotEqual(self.charge().id, self.charge().id)
 

@@ -262,7 +262,7 @@ pub async fn make_account(pool: &PgPool) -> (AccountId, String) {
     (account_id, api_key.reveal().to_owned())
 }
 
-/// A wish for a charge as it enters the writer.
+/// A create-charge command as it enters the writer.
 pub fn command(account_id: AccountId, key: &str) -> CreateCharge {
     let request = ChargeRequest {
         amount: Amount::new(5000).unwrap(),

@@ -7,10 +7,10 @@
 //!    ([`payment()`]), an event ([`webhook()`]), a message ([`message()`]), a mail
 //!    of a day ([`email()`]). The key is made of the name, so it survives a crash
 //!    of whoever tries, and nothing has to be stored.
-//! 2. **It has none, but there is a moment at which it is wished**: a form is
+//! 2. **It has none, but there is a moment at which it is decided on**: a form is
 //!    shown, a button appears. [`mint()`] a key there, store it with the form,
-//!    and send it with each try. Two forms are two wishes, even if they are equal.
-//! 3. **Neither**: all that tells a double click from a new wish is time.
+//!    and send it with each try. Two forms are two operations, even if they are equal.
+//! 3. **Neither**: all that tells a double click from a new operation is time.
 //!    [`form()`] and [`compound()`] make keys of a [`Window`] of time. This is a
 //!    guess, for what may be done once too often or too seldom: not for money.
 //!
@@ -32,14 +32,14 @@
 //!
 //! `payment:order_1:5000:v2`: the kind, then each field behind a colon. Within a
 //! field `:`, `%`, `"`, `\` and all that is not visible ASCII is written as `%`
-//! and two hex digits for each byte of its UTF-8. So no two wishes have one key,
+//! and two hex digits for each byte of its UTF-8. So no two operations have one key,
 //! of one kind or of two, and a key in an `Idempotency-Key` header reads the
 //! same with quotes and without. What would be longer than [`KEY_MAX`] becomes
 //! `payment-sha256:` and the SHA-256 of the long form in hex; no kind is called
 //! so, so this is never a readable key.
 //!
 //! Fields are taken as they are: nothing is trimmed, lower-cased or normalised,
-//! and an empty one is a [`Mistake`]. Keys are logged by all who handle them, so
+//! and an empty one is a [`KeyError`]. Keys are logged by all who handle them, so
 //! no field should be a person's name, address or card; [`email()`] hashes the
 //! one that has to be.
 //!
@@ -65,7 +65,7 @@ use crate::{
 
 /// Why no key can be made. What was given is not repeated: it may be personal.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum Mistake {
+pub enum KeyError {
     /// Without it, the key would name more than one operation.
     #[error("the {0} is empty, and a key needs it")]
     Empty(&'static str),
@@ -108,8 +108,8 @@ pub enum Mistake {
 ///
 /// # Errors
 /// If the order is empty.
-pub fn payment(order: &str, amount: Amount, version: u32) -> Result<Key, Mistake> {
-    Ok(Wish::new("payment")
+pub fn payment(order: &str, amount: Amount, version: u32) -> Result<Key, KeyError> {
+    Ok(KeyBuilder::new("payment")
         .field("order", order)?
         .plain(amount.minor_units())
         .plain(format_args!("v{version}"))
@@ -125,10 +125,12 @@ pub fn payment(order: &str, amount: Amount, version: u32) -> Result<Key, Mistake
 ///
 /// # Errors
 /// If the user or the form is empty.
-pub fn form(user: &str, form: &str, window: Window) -> Result<Windowed, Mistake> {
-    let wish = Wish::new("form").field("user", user)?.field("form", form)?;
+pub fn form(user: &str, form: &str, window: Window) -> Result<Windowed, KeyError> {
+    let key = KeyBuilder::new("form")
+        .field("user", user)?
+        .field("form", form)?;
     Ok(Windowed::new(window, |window| {
-        wish.clone().window(window).key()
+        key.clone().window(window).key()
     }))
 }
 
@@ -139,8 +141,8 @@ pub fn form(user: &str, form: &str, window: Window) -> Result<Windowed, Mistake>
 ///
 /// # Errors
 /// If the source or the event's id is empty.
-pub fn webhook(source: &str, event: &str) -> Result<Key, Mistake> {
-    Ok(Wish::new("webhook")
+pub fn webhook(source: &str, event: &str) -> Result<Key, KeyError> {
+    Ok(KeyBuilder::new("webhook")
         .field("source", source)?
         .field("event", event)?
         .key())
@@ -153,8 +155,8 @@ pub fn webhook(source: &str, event: &str) -> Result<Key, Mistake> {
 ///
 /// # Errors
 /// If the id is empty.
-pub fn message(id: &str) -> Result<Key, Mistake> {
-    Ok(Wish::new("message").field("id", id)?.key())
+pub fn message(id: &str) -> Result<Key, KeyError> {
+    Ok(KeyBuilder::new("message").field("id", id)?.key())
 }
 
 /// For a mail: once per recipient, template and day.
@@ -171,12 +173,12 @@ pub fn message(id: &str) -> Result<Key, Mistake> {
 ///
 /// # Errors
 /// If the recipient or the template is empty.
-pub fn email(recipient: &str, template: &str, day: NaiveDate) -> Result<Key, Mistake> {
+pub fn email(recipient: &str, template: &str, day: NaiveDate) -> Result<Key, KeyError> {
     if recipient.is_empty() {
-        return Err(Mistake::Empty("recipient"));
+        return Err(KeyError::Empty("recipient"));
     }
     let pseudonym = Sha256::digest(format!("{}:{recipient}", recipient.len()));
-    Ok(Wish::new("email")
+    Ok(KeyBuilder::new("email")
         .plain(Hex(&pseudonym))
         .field("template", template)?
         .plain(day)
@@ -195,12 +197,12 @@ pub fn compound(
     action: &str,
     window: Window,
     data: &Data,
-) -> Result<Windowed, Mistake> {
-    let wish = Wish::new("compound")
+) -> Result<Windowed, KeyError> {
+    let key = KeyBuilder::new("compound")
         .field("entity", entity)?
         .field("action", action)?;
     Ok(Windowed::new(window, |window| {
-        wish.clone().window(window).plain(Hex(&data.0)).key()
+        key.clone().window(window).plain(Hex(&data.0)).key()
     }))
 }
 
@@ -232,15 +234,15 @@ impl Window {
     /// # Errors
     /// If the length is not in whole seconds, zero, or more than 366 days; or
     /// `at` is not in the years 1970 to 9999.
-    pub fn of(length: Duration, at: DateTime<Utc>) -> Result<Self, Mistake> {
+    pub fn of(length: Duration, at: DateTime<Utc>) -> Result<Self, KeyError> {
         if length.is_zero() || length.subsec_nanos() != 0 || length > WINDOW_MAX {
-            return Err(Mistake::WindowLength);
+            return Err(KeyError::WindowLength);
         }
-        let length = TimeDelta::from_std(length).map_err(|_| Mistake::WindowLength)?;
+        let length = TimeDelta::from_std(length).map_err(|_| KeyError::WindowLength)?;
         let second = at.timestamp();
         let start = DateTime::from_timestamp(second - second.rem_euclid(length.num_seconds()), 0)
             .filter(|_| (0..YEAR_10000).contains(&second))
-            .ok_or(Mistake::WindowTime)?;
+            .ok_or(KeyError::WindowTime)?;
         Ok(Self { start, length })
     }
 
@@ -265,7 +267,7 @@ impl Window {
 /// 10000-01-01T00:00:00Z.
 const YEAR_10000: i64 = 253_402_300_800;
 
-/// The keys of one wish in the current window and in the one before. A single
+/// The keys of one operation in the current window and in the one before. A single
 /// one of them is not enough: see [the edge](self#the-edge-of-a-window).
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Windowed {
@@ -318,9 +320,9 @@ impl Data {
     ///
     /// # Panics
     /// Never: every [`Value`] has a canonical form.
-    pub fn new(value: &Value) -> Result<Self, Mistake> {
+    pub fn new(value: &Value) -> Result<Self, KeyError> {
         if !numbers_are_exact(value) {
-            return Err(Mistake::LargeNumber);
+            return Err(KeyError::LargeNumber);
         }
         let canonical = serde_json_canonicalizer::to_vec(value)
             .expect("a JSON value has no NaN and no keys but texts");
@@ -331,13 +333,13 @@ impl Data {
     ///
     /// # Errors
     /// If it is not JSON, has a field twice, or a number beyond ±9007199254740991.
-    pub fn from_json(text: &str) -> Result<Self, Mistake> {
+    pub fn from_json(text: &str) -> Result<Self, KeyError> {
         let Unrepeated(value) = serde_json::from_str(text).map_err(|error| {
             let (line, column) = (error.line(), error.column());
             // Only `Unrepeated` finds fault with what is JSON.
             match error.classify() {
-                Category::Data => Mistake::RepeatedField { line, column },
-                _ => Mistake::NotJson { line, column },
+                Category::Data => KeyError::RepeatedField { line, column },
+                _ => KeyError::NotJson { line, column },
             }
         })?;
         Self::new(&value)
@@ -355,7 +357,7 @@ fn numbers_are_exact(value: &Value) -> bool {
 }
 
 /// JSON in which no object has a field twice; [`Value`] lets the last one win,
-/// and two wishes would have one key.
+/// and two operations would have one key.
 struct Unrepeated(Value);
 
 impl<'de> Deserialize<'de> for Unrepeated {
@@ -424,12 +426,12 @@ const ESCAPED: &AsciiSet = &CONTROLS.add(b' ').add(b'"').add(b'%').add(b':').add
 
 /// The readable form while it grows. Each kind has a fixed number of fields.
 #[derive(Clone)]
-struct Wish {
+struct KeyBuilder {
     kind: &'static str,
     readable: String,
 }
 
-impl Wish {
+impl KeyBuilder {
     fn new(kind: &'static str) -> Self {
         Self {
             kind,
@@ -437,9 +439,9 @@ impl Wish {
         }
     }
 
-    fn field(self, name: &'static str, text: &str) -> Result<Self, Mistake> {
+    fn field(self, name: &'static str, text: &str) -> Result<Self, KeyError> {
         if text.is_empty() {
-            return Err(Mistake::Empty(name));
+            return Err(KeyError::Empty(name));
         }
         Ok(self.plain(utf8_percent_encode(text, ESCAPED)))
     }
@@ -560,7 +562,7 @@ mod tests {
             (compound("", "a", window, &data).map(drop), "entity"),
             (compound("e", "", window, &data).map(drop), "action"),
         ] {
-            assert_eq!(result, Err(Mistake::Empty(name)));
+            assert_eq!(result, Err(KeyError::Empty(name)));
         }
     }
 
@@ -644,7 +646,7 @@ mod tests {
             WINDOW_MAX + Duration::from_secs(1),
             Duration::MAX,
         ] {
-            assert_eq!(Window::of(length, now), Err(Mistake::WindowLength));
+            assert_eq!(Window::of(length, now), Err(KeyError::WindowLength));
         }
         assert!(Window::of(WINDOW_MAX, now).is_ok());
         let second = Duration::from_secs(1);
@@ -655,7 +657,7 @@ mod tests {
             DateTime::<Utc>::MIN_UTC,
             DateTime::<Utc>::MAX_UTC,
         ] {
-            assert_eq!(Window::of(second, time), Err(Mistake::WindowTime));
+            assert_eq!(Window::of(second, time), Err(KeyError::WindowTime));
         }
         assert!(Window::of(second, at("9999-12-31T23:59:59Z")).is_ok());
     }
@@ -690,17 +692,17 @@ mod tests {
             r#"{"a": [18446744073709551617]}"#,
             "1e300",
         ] {
-            assert_eq!(Data::from_json(text), Err(Mistake::LargeNumber), "{text}");
+            assert_eq!(Data::from_json(text), Err(KeyError::LargeNumber), "{text}");
         }
         assert!(Data::from_json("[9007199254740991, -9007199254740991]").is_ok());
         assert!(matches!(
             Data::from_json("[\n{\"a\": 1, \"\\u0061\": 2}]"),
-            Err(Mistake::RepeatedField { line: 2, .. })
+            Err(KeyError::RepeatedField { line: 2, .. })
         ));
         assert!(Data::from_json(r#"[{"a": 1}, {"a": {"a": 2}}]"#).is_ok());
         for text in ["", "{", "{} {}", "NaN", "1e999", "'a'", &"[".repeat(10_000)] {
             assert!(
-                matches!(Data::from_json(text), Err(Mistake::NotJson { .. })),
+                matches!(Data::from_json(text), Err(KeyError::NotJson { .. })),
                 "{text}"
             );
         }
@@ -782,7 +784,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn two_wishes_have_two_keys_and_one_has_one(all in vec(given(), 20..40)) {
+        fn two_operations_have_two_keys_and_one_has_one(all in vec(given(), 20..40)) {
             let mut seen: HashMap<String, Given> = HashMap::new();
             for given in all {
                 let key = given.key();

@@ -69,7 +69,7 @@ pub(super) async fn retrieve(
     };
     // Asked for on both sides, since what is at it here has written its row when
     // it is at it no more.
-    let was_at_it = app.writer.is_at(&scope);
+    let was_at_it = app.writer.is_in_flight(&scope);
     let _turn = app.admission.turn(exchange.deadline).await?;
     let history = db::read(exchange.deadline, || {
         store::history(&app.pool, &app.held_keys, &scope)
@@ -77,7 +77,7 @@ pub(super) async fn retrieve(
     .await?;
     let at_it = was_at_it && history == History::Unknown
         || history == History::InUse
-        || app.writer.is_at(&scope);
+        || app.writer.is_in_flight(&scope);
     let (created, answered) = match history {
         History::Answered { created, answered } if !at_it => (Some(created), answered),
         History::Unknown if !at_it => (None, None),

@@ -15,7 +15,7 @@ use crate::{
     db::CONNECT_TIMEOUT,
     error::{BadParameter, Error},
     ids::first_of,
-    page::{From, Page},
+    pagination::{Cursor, Page},
     writer::ATTEMPT_TIMEOUT,
 };
 
@@ -52,14 +52,14 @@ const _: () = assert!(
 );
 
 /// What a request for a list asks for, before its cursor was looked up.
-pub(super) struct Asked<Id> {
+pub(super) struct ListQuery<Id> {
     limit: i64,
     cursor: Option<(&'static str, Result<Id, ()>)>,
     oldest: Option<Uuid>,
     newest: Option<Uuid>,
 }
 
-impl<Id: FromStr + Copy + Display> Asked<Id> {
+impl<Id: FromStr + Copy + Display> ListQuery<Id> {
     /// `limit`, `starting_after` or `ending_before`, and `created`, a second or
     /// its bounds (`created[gte]` and the like).
     pub(super) fn take(params: &mut Params) -> Result<Self, BadParameter> {
@@ -90,15 +90,15 @@ impl<Id: FromStr + Copy + Display> Asked<Id> {
         look_up: impl AsyncFnOnce(Id) -> Result<Option<Uuid>, Error>,
     ) -> Result<Page, Error> {
         let from = match self.cursor {
-            None => From::Newest,
+            None => Cursor::Newest,
             Some((name, id)) => {
                 let missing = Error::ResourceMissing { param: Some(name) };
                 let id = id.map_err(|()| missing.clone())?;
                 let at = look_up(id).await?.ok_or(missing)?;
                 if name == "starting_after" {
-                    From::After(at)
+                    Cursor::After(at)
                 } else {
-                    From::Before(at)
+                    Cursor::Before(at)
                 }
             }
         };

@@ -4,11 +4,11 @@ use sqlx::{error::DatabaseError, postgres::PgDatabaseError};
 
 /// What an error of the database means for whoever met it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Trouble {
+pub enum ErrorClass {
     /// The connection or the moment was bad: the same again on a new connection.
-    Passing,
+    Transient,
     /// Disk or memory are short: nothing that we send again helps.
-    Exhausted,
+    ResourceExhausted,
     /// The lock on a table was not to be had in time: somebody changes the
     /// tables, and every command waits for them.
     TableLocked,
@@ -20,10 +20,10 @@ pub enum Trouble {
     /// Nobody can log in, or the tables are not there: not ready.
     Misconfigured,
     /// The database will not have this data, or there is a bug of ours.
-    Refused,
+    Rejected,
 }
 
-impl Trouble {
+impl ErrorClass {
     /// Reads SQLSTATE (PostgreSQL's documentation, appendix A).
     #[must_use]
     pub fn of(error: &sqlx::Error) -> Self {
@@ -33,7 +33,7 @@ impl Trouble {
                     // PostgreSQL names the row in the error's context, and there is
                     // none where a table's lock was waited for.
                     Self::RowLocked if !has_context(&**error) => Self::TableLocked,
-                    trouble => trouble,
+                    class => class,
                 }
             }
             sqlx::Error::Io(_)
@@ -41,17 +41,17 @@ impl Trouble {
             | sqlx::Error::Protocol(_)
             | sqlx::Error::PoolTimedOut
             | sqlx::Error::PoolClosed
-            | sqlx::Error::WorkerCrashed => Self::Passing,
-            _ => Self::Refused,
+            | sqlx::Error::WorkerCrashed => Self::Transient,
+            _ => Self::Rejected,
         }
     }
 
     /// Whether a read does well to be tried again.
     #[must_use]
-    pub fn passes_for_a_read(self) -> bool {
+    pub fn is_retryable_read(self) -> bool {
         matches!(
             self,
-            Self::Passing | Self::TableLocked | Self::RowLocked | Self::TimedOut
+            Self::Transient | Self::TableLocked | Self::RowLocked | Self::TimedOut
         )
     }
 
@@ -65,16 +65,16 @@ impl Trouble {
             // crashed, or is not up yet.
             "40000" | "40001" | "40003" | "40P01" | "0A000" | "26000" | "42P05" | "25P02"
             | "25P03" | "25P04" | "53300" | "25006" | "57P01" | "57P02" | "57P03" | "57P04"
-            | "57P05" => Self::Passing,
+            | "57P05" => Self::Transient,
             "55P03" => Self::RowLocked,
             "57014" => Self::TimedOut,
-            "53100" | "53200" | "53400" | "58030" => Self::Exhausted,
+            "53100" | "53200" | "53400" | "58030" => Self::ResourceExhausted,
             // The database, schema, table, column or function is not there, or
             // not ours.
             "3D000" | "3F000" | "42P01" | "42703" | "42883" | "42501" => Self::Misconfigured,
-            _ if code.starts_with("08") => Self::Passing,
+            _ if code.starts_with("08") => Self::Transient,
             _ if code.starts_with("28") => Self::Misconfigured,
-            _ => Self::Refused,
+            _ => Self::Rejected,
         }
     }
 }
@@ -107,33 +107,36 @@ mod tests {
 
     #[test]
     fn every_state_of_the_table_is_told_apart() {
-        for (trouble, codes) in [
+        for (class, codes) in [
             (
-                Trouble::Passing,
+                ErrorClass::Transient,
                 &[
                     "08000", "08006", "40000", "40001", "40003", "40P01", "57P01", "57P02",
                     "57P03", "57P04", "57P05", "53300", "25006", "25P02", "25P03", "25P04",
                     "26000", "42P05", "0A000",
                 ][..],
             ),
-            (Trouble::Exhausted, &["53100", "53200", "53400", "58030"]),
-            (Trouble::RowLocked, &["55P03"]),
-            (Trouble::TimedOut, &["57014"]),
             (
-                Trouble::Refused,
+                ErrorClass::ResourceExhausted,
+                &["53100", "53200", "53400", "58030"],
+            ),
+            (ErrorClass::RowLocked, &["55P03"]),
+            (ErrorClass::TimedOut, &["57014"]),
+            (
+                ErrorClass::Rejected,
                 &[
                     "22021", "22P02", "23505", "23514", "21000", "42601", "XX000",
                 ],
             ),
             (
-                Trouble::Misconfigured,
+                ErrorClass::Misconfigured,
                 &[
                     "28P01", "28000", "3D000", "3F000", "42P01", "42501", "42703", "42883",
                 ],
             ),
         ] {
             for code in codes {
-                assert_eq!(Trouble::of_sqlstate(code), trouble, "{code}");
+                assert_eq!(ErrorClass::of_sqlstate(code), class, "{code}");
             }
         }
     }

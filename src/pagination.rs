@@ -8,7 +8,7 @@ pub struct Page {
     /// How many, from 1.
     pub limit: i64,
     /// From where.
-    pub from: From,
+    pub from: Cursor,
     /// Only what has an id of at least this.
     pub oldest: Option<Uuid>,
     /// Only what has an id below this.
@@ -17,7 +17,7 @@ pub struct Page {
 
 /// From where a page goes, and in which direction.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum From {
+pub enum Cursor {
     /// From the newest on.
     Newest,
     /// From the one that follows this, to the older ones.
@@ -35,16 +35,16 @@ impl Page {
         });
         let newest = self.newest.unwrap_or(Uuid::max());
         match self.from {
-            From::Newest => (oldest, newest),
-            From::After(id) => (oldest, newest.min(id)),
-            From::Before(id) => (oldest.max(id), newest),
+            Cursor::Newest => (oldest, newest),
+            Cursor::After(id) => (oldest, newest.min(id)),
+            Cursor::Before(id) => (oldest.max(id), newest),
         }
     }
 
     /// Whether the rows are to be read from the oldest on, and turned round.
     #[must_use]
     pub fn backwards(&self) -> bool {
-        matches!(self.from, From::Before(_))
+        matches!(self.from, Cursor::Before(_))
     }
 
     /// One more than asked for, which tells whether there are more.
