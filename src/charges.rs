@@ -116,7 +116,7 @@ impl Status {
 pub struct Charge {
     /// Given out when the request was parsed.
     pub id: ChargeId,
-    /// The exchange in which it was made.
+    /// The request in which it was made.
     pub request_id: RequestId,
     /// What was asked for.
     pub request: ChargeRequest,

@@ -59,7 +59,7 @@ pub enum Error {
     /// A request that was made before, where a rule says that it is not
     /// replayed.
     DuplicateRequest {
-        /// The exchange in which it was.
+        /// The request in which it was.
         original: RequestId,
         /// The charge that it made, if that is what it did.
         charge: Option<ChargeId>,

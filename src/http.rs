@@ -4,7 +4,6 @@ pub mod admission;
 pub mod caller;
 mod charges;
 pub mod command;
-pub mod exchange;
 mod health;
 mod idempotency_keys;
 pub mod limit;
@@ -13,6 +12,7 @@ pub mod openapi;
 mod pages;
 pub mod params;
 mod refunds;
+pub mod request_context;
 
 use std::time::Duration;
 
@@ -112,8 +112,8 @@ pub fn router(app: App) -> Router {
         .merge(error_pages())
         .fallback(|| async { Error::RouteUnknown })
         .method_not_allowed_fallback(|| async { Error::MethodNotAllowed })
-        .layer(CatchPanicLayer::custom(exchange::panicked))
-        .layer(from_fn(exchange::track))
+        .layer(CatchPanicLayer::custom(request_context::panicked))
+        .layer(from_fn(request_context::attach))
         .with_state(app)
 }
 
@@ -123,7 +123,7 @@ pub fn refusing_router() -> Router {
     Router::new()
         .route("/healthz", get(health::live))
         .fallback(|| async { Error::Unavailable(Unavailable::ConnectionsFull) })
-        .layer(from_fn(exchange::track))
+        .layer(from_fn(request_context::attach))
 }
 
 /// The pages that errors point to, for a service that uses the layer.

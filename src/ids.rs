@@ -90,7 +90,7 @@ id!(
     "re"
 );
 id!(
-    /// One HTTP exchange; a replay has one of its own.
+    /// One HTTP request; a replay has one of its own.
     RequestId,
     "req"
 );

@@ -144,7 +144,7 @@ use tracing::{Instrument, error, warn};
 use crate::{
     db::{self, ErrorClass, describe, replication},
     error::{Error, Unavailable},
-    http::{command::read_body, exchange},
+    http::{command::read_body, request_context},
     idempotency::{
         self, Answer, Duplicate, Fingerprint, Key, KeyClaim, Rule, Scope,
         store::{self, KeyRow, NewRow},
@@ -365,7 +365,7 @@ impl<S: Sync> FromRequestParts<S> for Tx {
         let guard = handle.and_then(|Handle(held)| Arc::clone(held).try_lock_owned().ok());
         guard.map(Self).ok_or_else(|| {
             error!("no transaction: the layer does not cover this request, or it was taken twice");
-            exchange::respond(&Error::Internal, RequestId::new())
+            request_context::respond(&Error::Internal, RequestId::new())
         })
     }
 }
@@ -437,7 +437,7 @@ where
             let id = RequestId::new();
             let mut response = match settings.serve(request, id, inner).await {
                 Ok(response) => response,
-                Err(error) => exchange::respond(&error, id),
+                Err(error) => request_context::respond(&error, id),
             };
             if let Ok(value) = HeaderValue::from_str(&id.to_string()) {
                 response.headers_mut().insert("request-id", value);

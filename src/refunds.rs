@@ -80,7 +80,7 @@ impl Reason {
 pub struct Refund {
     /// Given out when the request was parsed.
     pub id: RefundId,
-    /// The exchange in which it was made.
+    /// The request in which it was made.
     pub request_id: RequestId,
     /// Of which charge.
     pub charge: ChargeId,

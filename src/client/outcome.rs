@@ -18,7 +18,7 @@ pub struct Charged {
     /// Whether this answer was given before (`Idempotent-Replayed`). Says
     /// nothing of whether somebody saw it.
     pub replayed: bool,
-    /// The exchange that brought it; the service's log has it.
+    /// The request that brought it; the service's log has it.
     pub request_id: Option<RequestId>,
     /// The answer's body, byte for byte: the same for every replay.
     pub body: String,
@@ -149,7 +149,7 @@ pub struct Refusal {
     /// In which fields the request differs from the one that the key belongs to,
     /// where the service knows; `path` alone where that is no charge.
     pub differs: Option<Vec<String>>,
-    /// The exchange; the service's log has it.
+    /// The request; the service's log has it.
     pub request_id: Option<RequestId>,
 }
 
@@ -202,7 +202,7 @@ pub struct Decline {
     pub charge: ChargeId,
     /// Whether this answer was given before.
     pub replayed: bool,
-    /// The exchange; the service's log has it.
+    /// The request; the service's log has it.
     pub request_id: Option<RequestId>,
 }
 

@@ -25,7 +25,7 @@ use moka::future::Cache;
 use sqlx::PgPool;
 use tokio::time::Instant;
 
-use super::{App, admission::Admission, exchange::Exchange};
+use super::{App, admission::Admission, request_context::RequestContext};
 use crate::{
     accounts::{self, ApiKey, SecretHash},
     db,
@@ -255,7 +255,8 @@ impl Caller {
     /// [`Error::ApiKeyInvalid`], [`Error::RateLimited`] if too many unknown keys came
     /// from the same address, [`Error::Unavailable`].
     pub async fn identify(parts: &mut Parts, app: &App) -> Result<Self, Error> {
-        let Ok(Exchange { deadline, .. }) = Exchange::from_request_parts(parts, app).await;
+        let Ok(RequestContext { deadline, .. }) =
+            RequestContext::from_request_parts(parts, app).await;
         let key = api_key(&parts.headers).ok_or(Error::ApiKeyInvalid)?;
         let peer = parts.extensions.get().copied();
         let account_id = app.callers.identify(&key, peer, deadline).await?;

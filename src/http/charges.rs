@@ -12,10 +12,10 @@ use super::{
     App, DuplicateGuard,
     caller::Caller,
     command::{Command, FromParams},
-    exchange::Exchange,
     json,
     list_query::{ListQuery, list_of},
     params::{Params, missing, not_allowed},
+    request_context::RequestContext,
 };
 use crate::{
     changes::{CaptureRequest, ChangeCharge, ChargeChange},
@@ -90,10 +90,10 @@ pub(super) async fn create(
         keyed,
         request,
         wait,
-        exchange,
+        context,
     } = command;
     let means_it = allows_duplicate(&headers)?;
-    if !request.currency.is_in_use() && !is_made(&app, exchange, &scope).await? {
+    if !request.currency.is_in_use() && !is_made(&app, context, &scope).await? {
         return Err(unknown_currency().into());
     }
     let outcome = sandbox::decide(request.source.as_deref()).ok_or_else(|| {
@@ -102,7 +102,7 @@ pub(super) async fn create(
             "must be one of Stripe's test tokens, such as tok_visa.",
         )
     })?;
-    let charge = Charge::decided(request, outcome, exchange.id);
+    let charge = Charge::decided(request, outcome, context.id);
     let answer = charge.answer();
     let finds_another = match app.duplicate_guard {
         DuplicateGuard::Off => None,
@@ -123,7 +123,7 @@ pub(super) async fn create(
     };
     let charge_id = command.charge.id;
     let command = writer::Command::CreateCharge(Box::new(command));
-    let reply = app.writer.submit(command, wait, exchange.deadline).await?;
+    let reply = app.writer.submit(command, wait, context.deadline).await?;
     if let Some(duplicate_of) = reply.duplicate_of
         && !reply.replayed
     {
@@ -141,8 +141,8 @@ fn unknown_currency() -> BadParameter {
 
 /// Whether a charge carries the key. Then the request can make no other one: it is
 /// replayed or refused, also where its currency has been retired since.
-async fn is_made(app: &App, exchange: Exchange, scope: &Scope) -> Result<bool, Error> {
-    let made = db::read(exchange.deadline, || charges::of_key(&app.pool, scope)).await?;
+async fn is_made(app: &App, context: RequestContext, scope: &Scope) -> Result<bool, Error> {
+    let made = db::read(context.deadline, || charges::of_key(&app.pool, scope)).await?;
     Ok(made.is_some())
 }
 
@@ -186,14 +186,14 @@ pub(super) async fn change(
         rule: command.rule,
         keyed: command.keyed,
         operation_id: Uuid::now_v7(),
-        request_id: command.exchange.id,
+        request_id: command.context.id,
         charge_id,
         change,
     };
     let submitted = writer::Command::ChangeCharge(Box::new(change));
     let reply = app
         .writer
-        .submit(submitted, command.wait, command.exchange.deadline)
+        .submit(submitted, command.wait, command.context.deadline)
         .await?;
     Ok(answer_with(reply))
 }
@@ -201,7 +201,7 @@ pub(super) async fn change(
 /// `GET /v1/charges/{id}`
 pub(super) async fn retrieve(
     State(app): State<App>,
-    exchange: Exchange,
+    context: RequestContext,
     caller: Caller,
     id: Result<Path<String>, PathRejection>,
     RawQuery(query): RawQuery,
@@ -209,7 +209,7 @@ pub(super) async fn retrieve(
     Params::from_form(query.unwrap_or_default().as_bytes())?.finish()?;
     let id = charge_id(id)?;
     let missing = Error::ResourceMissing { param: None };
-    let charge = find(&app, exchange, caller, id).await?.ok_or(missing)?;
+    let charge = find(&app, context, caller, id).await?.ok_or(missing)?;
     Ok(json(StatusCode::OK, charge.to_json()))
 }
 
@@ -223,7 +223,7 @@ fn charge_id(id: Result<Path<String>, PathRejection>) -> Result<ChargeId, Error>
 /// `GET /v1/charges`
 pub(super) async fn list(
     State(app): State<App>,
-    exchange: Exchange,
+    context: RequestContext,
     caller: Caller,
     RawQuery(query): RawQuery,
 ) -> Result<Response, Error> {
@@ -231,12 +231,12 @@ pub(super) async fn list(
     let customer = params.text("customer", CUSTOMER_MAX)?;
     let query = ListQuery::<ChargeId>::take(&mut params)?;
     params.finish()?;
-    let there = |id| find(&app, exchange, caller, id);
+    let there = |id| find(&app, context, caller, id);
     let page = query
         .page(async |id| Ok(there(id).await?.map(|charge| charge.id.0)))
         .await?;
-    let _turn = app.admission.turn(exchange.deadline).await?;
-    let rows = db::read(exchange.deadline, || {
+    let _turn = app.admission.turn(context.deadline).await?;
+    let rows = db::read(context.deadline, || {
         charges::list(&app.pool, caller.account_id, customer.as_deref(), &page)
     })
     .await?;
@@ -250,11 +250,11 @@ pub(super) async fn list(
 
 async fn find(
     app: &App,
-    exchange: Exchange,
+    context: RequestContext,
     caller: Caller,
     id: ChargeId,
 ) -> Result<Option<Charge>, Error> {
-    let charge = app.reader.charge(caller.account_id, id, exchange.deadline);
+    let charge = app.reader.charge(caller.account_id, id, context.deadline);
     charge.await
 }
 

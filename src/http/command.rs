@@ -10,7 +10,7 @@ use axum::{
 use http_body_util::LengthLimitError;
 use tokio::time::{Instant, timeout_at};
 
-use super::{App, Keyless, caller::Caller, exchange::Exchange, params::Params};
+use super::{App, Keyless, caller::Caller, params::Params, request_context::RequestContext};
 use crate::{
     error::{BadParameter, Error, ParameterCode, Unavailable},
     idempotency::{FieldDigests, Fingerprint, Fingerprinted, Key, Rule, Scenario, Scope},
@@ -49,7 +49,7 @@ pub struct Command<T> {
     /// How long to wait if the key is in use.
     pub wait: Duration,
     /// In which it was asked for.
-    pub exchange: Exchange,
+    pub context: RequestContext,
 }
 
 impl<T> Command<T> {
@@ -63,7 +63,7 @@ impl<T> Command<T> {
             keyed: self.keyed,
             request: (),
             wait: self.wait,
-            exchange: self.exchange,
+            context: self.context,
         };
         (around, self.request)
     }
@@ -76,7 +76,7 @@ impl<T: FromParams> FromRequest<App> for Command<T> {
     /// type, which key, what.
     async fn from_request(request: Request, app: &App) -> Result<Self, Error> {
         let (mut parts, body) = request.into_parts();
-        let Ok(exchange) = Exchange::from_request_parts(&mut parts, app).await;
+        let Ok(context) = RequestContext::from_request_parts(&mut parts, app).await;
         Caller::from_request_parts(&mut parts, app).await?;
         let media_type = MediaType::of(&parts.headers)?;
         let key = idempotency_key(&parts.headers)?;
@@ -86,7 +86,7 @@ impl<T: FromParams> FromRequest<App> for Command<T> {
         if let Some(query) = parts.uri.query() {
             Params::from_form(query.as_bytes())?.finish()?;
         }
-        let body = read_body(&parts.headers, body, BODY_MAX, exchange.deadline).await?;
+        let body = read_body(&parts.headers, body, BODY_MAX, context.deadline).await?;
         // Again, since the body may have taken its time: an API key that was revoked
         // meanwhile charges nobody. Costs a query only if it did.
         let Caller { account_id } = Caller::identify(&mut parts, app).await?;
@@ -118,7 +118,7 @@ impl<T: FromParams> FromRequest<App> for Command<T> {
             keyed,
             request: typed,
             wait: preferred_wait(&parts.headers).unwrap_or(app.wait),
-            exchange,
+            context,
         })
     }
 }

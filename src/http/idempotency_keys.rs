@@ -14,7 +14,7 @@ use chrono::{DateTime, Utc};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{App, caller::Caller, exchange::Exchange, json, params::Params};
+use super::{App, caller::Caller, json, params::Params, request_context::RequestContext};
 use crate::{
     charges, db,
     error::Error,
@@ -53,7 +53,7 @@ pub(super) struct Wire<'a> {
 /// `GET /v1/idempotency_keys/{key}`
 pub(super) async fn retrieve(
     State(app): State<App>,
-    exchange: Exchange,
+    context: RequestContext,
     caller: Caller,
     key: Result<Path<String>, PathRejection>,
     RawQuery(query): RawQuery,
@@ -70,8 +70,8 @@ pub(super) async fn retrieve(
     // Asked for on both sides, since what is at it here has written its row when
     // it is at it no more.
     let was_at_it = app.writer.is_in_flight(&scope);
-    let _turn = app.admission.turn(exchange.deadline).await?;
-    let history = db::read(exchange.deadline, || {
+    let _turn = app.admission.turn(context.deadline).await?;
+    let history = db::read(context.deadline, || {
         store::history(&app.pool, &app.held_keys, &scope)
     })
     .await?;
@@ -83,8 +83,8 @@ pub(super) async fn retrieve(
         History::Unknown if !at_it => (None, None),
         _ => return Ok(wire(&scope, "in_progress", None, None, None, None)),
     };
-    let charge = db::read(exchange.deadline, || charges::of_key(&app.pool, &scope)).await?;
-    let refund = db::read(exchange.deadline, || refunds::of_key(&app.pool, &scope)).await?;
+    let charge = db::read(context.deadline, || charges::of_key(&app.pool, &scope)).await?;
+    let refund = db::read(context.deadline, || refunds::of_key(&app.pool, &scope)).await?;
     let made = charge
         .map(ChargeId::created_at)
         .or(refund.map(RefundId::created_at));

@@ -7,9 +7,9 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::{
-    exchange::DEADLINE,
     json,
     params::{Nested, Params, not_allowed},
+    request_context::DEADLINE,
 };
 use crate::{
     db::CONNECT_TIMEOUT,

@@ -504,7 +504,7 @@ impl Described {
         let mut answer = ResponseBuilder::new()
             .description("Done")
             .content("application/json", content)
-            .header("Request-Id", text_header("Of this exchange."));
+            .header("Request-Id", text_header("Of this context."));
         if changes {
             answer = answer.header(
                 "Idempotent-Replayed",
@@ -563,7 +563,7 @@ fn refused(status: u16, entries: &[&Entry]) -> Response {
     let mut response = ResponseBuilder::new()
         .description(codes.join("\n\n"))
         .content("application/problem+json", content)
-        .header("Request-Id", text_header("Of this exchange."))
+        .header("Request-Id", text_header("Of this context."))
         .header("Stripe-Should-Retry", text_header("true or false."));
     if matches!(status, 409 | 429 | 503) {
         response = response.header("Retry-After", text_header("A pause in seconds."));

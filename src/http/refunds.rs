@@ -11,10 +11,10 @@ use super::{
     caller::Caller,
     charges::change,
     command::{Command, FromParams},
-    exchange::Exchange,
     json,
     list_query::{ListQuery, list_of},
     params::{Params, missing, not_allowed},
+    request_context::RequestContext,
 };
 use crate::{
     changes::ChargeChange,
@@ -64,7 +64,7 @@ pub(super) async fn create(
 /// `GET /v1/refunds/{id}`
 pub(super) async fn retrieve(
     State(app): State<App>,
-    exchange: Exchange,
+    context: RequestContext,
     caller: Caller,
     id: Result<Path<String>, PathRejection>,
     RawQuery(query): RawQuery,
@@ -73,15 +73,15 @@ pub(super) async fn retrieve(
     let missing = Error::ResourceMissing { param: None };
     let id: Option<RefundId> = id.ok().and_then(|Path(id)| id.parse().ok());
     let id = id.ok_or_else(|| missing.clone())?;
-    let _turn = app.admission.turn(exchange.deadline).await?;
-    let refund = find(&app, exchange, caller, id).await?.ok_or(missing)?;
+    let _turn = app.admission.turn(context.deadline).await?;
+    let refund = find(&app, context, caller, id).await?.ok_or(missing)?;
     Ok(json(StatusCode::OK, refund.answer().body.to_string()))
 }
 
 /// `GET /v1/refunds`
 pub(super) async fn list(
     State(app): State<App>,
-    exchange: Exchange,
+    context: RequestContext,
     caller: Caller,
     RawQuery(query): RawQuery,
 ) -> Result<Response, Error> {
@@ -95,14 +95,14 @@ pub(super) async fn list(
                 .map_err(|_| not_allowed("charge", "must be the id of a charge, ch_…"))
         })
         .transpose()?;
-    let _turn = app.admission.turn(exchange.deadline).await?;
+    let _turn = app.admission.turn(context.deadline).await?;
     let page = query
         .page(async |id| {
-            let there = find(&app, exchange, caller, id).await?;
+            let there = find(&app, context, caller, id).await?;
             Ok(there.map(|refund| refund.id.0))
         })
         .await?;
-    let rows = db::read(exchange.deadline, || {
+    let rows = db::read(context.deadline, || {
         refunds::list(&app.pool, caller.account_id, charge, &page)
     })
     .await?;
@@ -117,11 +117,11 @@ pub(super) async fn list(
 /// For those whose turn it is.
 async fn find(
     app: &App,
-    exchange: Exchange,
+    context: RequestContext,
     caller: Caller,
     id: RefundId,
 ) -> Result<Option<Refund>, Error> {
-    let refund = db::read(exchange.deadline, || {
+    let refund = db::read(context.deadline, || {
         refunds::find(&app.pool, caller.account_id, id)
     })
     .await?;

@@ -29,7 +29,7 @@ pub struct NewRow<'a> {
     pub digests: Option<&'a [u8]>,
     /// What the key is claimed for; the claim is found again by it.
     pub operation_id: Uuid,
-    /// The exchange in which it is claimed.
+    /// The request in which it is claimed.
     pub request_id: RequestId,
     /// `None`: the work is still to be done, and the row is its lock.
     pub answer: Option<&'a Answer>,
@@ -46,7 +46,7 @@ pub struct KeyRow {
     pub digests: Option<Vec<u8>>,
     /// What the key was claimed for.
     pub operation_id: Uuid,
-    /// The exchange in which it was claimed.
+    /// The request in which it was claimed.
     pub request_id: RequestId,
     /// `None` while the work is under way.
     pub answer: Option<Answer>,

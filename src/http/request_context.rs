@@ -1,5 +1,5 @@
-//! One HTTP exchange: its id, how long it may take, and errors in the one shape
-//! that they have.
+//! The context of one HTTP request: its id, how long it may take, and errors in the one
+//! shape that they have.
 
 use std::{any::Any, convert::Infallible, time::Duration};
 
@@ -20,16 +20,16 @@ use crate::{error::Error, ids::RequestId};
 /// that is away.
 pub(super) const DEADLINE: Duration = Duration::from_secs(10);
 
-/// What is known of an exchange before anything was read of it.
+/// What is known of a request before anything was read of it.
 #[derive(Debug, Clone, Copy)]
-pub struct Exchange {
+pub struct RequestContext {
     /// For the answer's header, and for the log.
     pub id: RequestId,
     /// When its answer has to be there.
     pub deadline: Instant,
 }
 
-impl Exchange {
+impl RequestContext {
     fn begin() -> Self {
         Self {
             id: RequestId::new(),
@@ -38,25 +38,25 @@ impl Exchange {
     }
 }
 
-impl<S: Sync> FromRequestParts<S> for Exchange {
+impl<S: Sync> FromRequestParts<S> for RequestContext {
     type Rejection = Infallible;
 
-    /// The one that `track` began; no handler can be reached but through it.
+    /// The one that `attach` began; no handler can be reached but through it.
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Infallible> {
         let begun = parts.extensions.get().copied();
         Ok(begun.unwrap_or_else(Self::begin))
     }
 }
 
-/// Around everything: gives the exchange an id, writes the body of an error,
+/// Around everything: gives the request an id, writes the body of an error,
 /// and logs what is not in order.
-pub(super) async fn track(mut request: Request, next: Next) -> Response {
-    let exchange = Exchange::begin();
-    let id = exchange.id;
+pub(super) async fn attach(mut request: Request, next: Next) -> Response {
+    let context = RequestContext::begin();
+    let id = context.id;
     let started = Instant::now();
     let method = request.method().clone();
     let as_stripe = request.headers().contains_key("stripe-version");
-    request.extensions_mut().insert(exchange);
+    request.extensions_mut().insert(context);
 
     let mut response = next.run(request).await;
     if let Some(mut error) = response.extensions_mut().remove::<Error>() {
@@ -90,7 +90,7 @@ pub(super) async fn track(mut request: Request, next: Next) -> Response {
     response
 }
 
-/// The whole response for an error, where no `track` is around.
+/// The whole response for an error, where no `attach` is around.
 pub(crate) fn respond(error: &Error, id: RequestId) -> Response {
     let mut response = error.clone().into_response();
     response.extensions_mut().remove::<Error>();
@@ -99,7 +99,7 @@ pub(crate) fn respond(error: &Error, id: RequestId) -> Response {
 }
 
 impl IntoResponse for Error {
-    /// Status and headers; `track` writes the body, since it knows the id.
+    /// Status and headers; `attach` writes the body, since it knows the id.
     fn into_response(self) -> Response {
         let status = self.status();
         let mut response = StatusCode::from_u16(status)
