@@ -132,7 +132,7 @@ use base64::{Engine, engine::general_purpose::STANDARD};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
-use sqlx::{Executor, FromRow, PgConnection, PgPool, types::Uuid};
+use sqlx::{Executor, FromRow, PgConnection, PgPool, Row, types::Uuid};
 use tokio::{
     sync::{Mutex, OwnedMutexGuard, Semaphore},
     time::{Instant, timeout_at},
@@ -909,7 +909,8 @@ struct Environment {
 /// here before it is given: where there are synchronous standbys, it waits until one
 /// has what it replays ([`replication`]).
 async fn give_again(mut session: Session, found: &KeyRow) -> Result<(), sqlx::Error> {
-    if found.written_by.is_some() {
+    session.has_standbys = found.written_by.is_some();
+    if session.has_standbys {
         replication::leave_record(&mut session).await?;
     }
     session.commit().await
@@ -925,11 +926,16 @@ async fn hand_over(session: &mut Session) -> Result<Environment, sqlx::Error> {
              current_setting('session_authorization') as session_authorization, \
              current_setting('role') as role, \
              current_setting('search_path') as search_path, \
-             current_setting('row_security') as row_security; \
+             current_setting('row_security') as row_security, \
+             current_setting('synchronous_standby_names') <> '' as has_standbys, \
+             case when current_setting('client_min_messages') = 'error' then \
+                 pg_catalog.set_config('client_min_messages', 'warning', true) end; \
              savepoint payonce_handler",
         )
         .await?;
     let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
+    // A warning is how the server says that a COMMIT did not wait for its standby.
+    session.has_standbys = row.try_get("has_standbys")?;
     Environment::from_row(row)
 }
 

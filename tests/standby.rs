@@ -1,7 +1,13 @@
 //! Promise 2 with synchronous replication: what was acknowledged is on the standby
 //! too, so that the loss of the primary loses nothing of it.
 
-use std::time::Duration;
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use axum::{
     Router,
@@ -10,11 +16,14 @@ use axum::{
     routing::post,
 };
 use futures::future::join_all;
-use payonce::{idempotency::Scenario, layer::Idempotent};
+use payonce::{
+    idempotency::{Scenario, purge},
+    layer::{Idempotent, Tx},
+};
 use sqlx::PgPool;
 use tower::ServiceExt;
 
-use crate::support::{Reply, Service, count, eventually, postgres::Cluster};
+use crate::support::{Reply, Service, Settings, count, eventually, postgres::Cluster};
 
 /// A primary whose COMMITs wait for one standby.
 async fn with_standby(name: &str) -> (Cluster, Cluster) {
@@ -317,4 +326,149 @@ async fn the_layers_replays_wait_for_the_standby() {
         }
         assert_eq!(replay.status(), StatusCode::SERVICE_UNAVAILABLE);
     }
+}
+
+/// Taking the names of the standbys away ends all waits; that proves nothing of a standby
+/// when the names are there again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_wait_that_ends_since_the_names_are_taken_away_proves_nothing() {
+    let (primary, standby) = with_standby("names").await;
+    let pool = primary.pool().await;
+    let service = Service::start(&pool).await;
+    standby.stop("immediate").await;
+    let first = tokio::spawn(service.charge("order_1").send());
+    somebody_waits(&pool).await;
+    primary.restart("immediate").await;
+    let pool = primary.pool().await;
+    eventually("the crash has made the row visible", || async {
+        count(&pool, "charges").await == 1
+    })
+    .await;
+    first.await.unwrap().assert_error(503, "unavailable");
+    // So that the COMMIT of this replica is the one that waits.
+    let replica = service.replica();
+    sqlx::query(
+        "select pg_terminate_backend(pid) from pg_stat_activity where wait_event = 'SyncRep'",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    eventually("nobody waits", || async { waiting(&pool).await == 0 }).await;
+    let client = replica.clone();
+    let replay = tokio::spawn(async move { until_answered(&client, "order_1").await });
+    somebody_waits(&pool).await;
+    primary.set_standby_names("").await;
+    // There is no standby now, so this is as durable as anything.
+    assert_eq!(replay.await.unwrap().status, 200);
+    primary.set_standby_names("*").await;
+    replica
+        .charge("order_1")
+        .send()
+        .await
+        .assert_error(503, "unavailable");
+}
+
+/// The purge's commits wait for nobody: what it has deleted and lost expires again.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_purge_leaves_nobody_waiting_for_a_standby() {
+    let (primary, standby) = with_standby("purge").await;
+    let pool = primary.pool().await;
+    let service = Service::start(&pool).await;
+    sqlx::query(
+        "insert into idempotency_keys (account_id, key, request_hash, operation_id, request_id,
+            response_status, response_body, created_at, expires_at)
+         select gen_random_uuid(), n::text, decode(repeat('01', 33), 'hex'), gen_random_uuid(),
+            gen_random_uuid(), 200, 'null', now(), now() - interval '1 min'
+         from generate_series(1, 1500) n",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    standby.stop("fast").await;
+    let purged = purge::run_until_done(&service.app.pool).await.unwrap();
+    assert_eq!(purged, 1500);
+    assert_eq!(waiting(&pool).await, 0);
+}
+
+async fn order(mut tx: Tx) -> StatusCode {
+    let done = sqlx::query("insert into orders default values")
+        .execute(&mut *tx)
+        .await;
+    done.map_or(StatusCode::INTERNAL_SERVER_ERROR, |_| StatusCode::CREATED)
+}
+
+/// A COMMIT can warn for other reasons, and is a COMMIT all the same.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_warning_of_somebodys_trigger_undoes_nothing() {
+    let (primary, _standby) = with_standby("warning").await;
+    let pool = primary.pool().await;
+    sqlx::raw_sql(
+        "create table orders (id serial);
+         create function warn() returns trigger language plpgsql as
+            $$ begin raise warning 'stock is low'; return null; end $$;
+         create constraint trigger warn after insert on orders deferrable initially deferred
+            for each row execute function warn();
+         create constraint trigger warn after insert on charges deferrable initially deferred
+            for each row execute function warn()",
+    )
+    .execute(&pool)
+    .await
+    .unwrap();
+    let layer = Idempotent::new(pool.clone(), Scenario::Form.default_rule(), |_| {
+        Some("ann".to_owned())
+    })
+    .key_optional();
+    let router = Router::new().route("/orders", post(order)).layer(layer);
+    for orders in 1..=2 {
+        let request = Request::post("/orders").body(Body::empty()).unwrap();
+        let reply = router.clone().oneshot(request).await.unwrap();
+        assert_eq!(reply.status(), StatusCode::CREATED);
+        assert_eq!(count(&pool, "orders").await, orders);
+    }
+    let reply = Service::start(&pool).await.charge("order_1").send().await;
+    assert_eq!(reply.status, 200, "{reply:?}");
+}
+
+/// Known keys are answered while others fill the queue.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stalled_standby_leaves_room_for_known_keys() {
+    let (primary, standby) = with_standby("room").await;
+    let pool = primary.pool().await;
+    let settings = Settings {
+        queue_max: 8,
+        ..Settings::default()
+    };
+    let service = Service::start_with(&pool, settings).await;
+    assert_eq!(service.charge("known").send().await.status, 200);
+    assert!(service.charge("known").send().await.is_replayed());
+    standby.stop("fast").await;
+    let first = tokio::spawn(service.charge("first").send());
+    eventually("the service is not ready", || async {
+        service.get("/readyz").send().await.status == 503
+    })
+    .await;
+    first.await.unwrap().assert_error(503, "unavailable");
+    let stop = Arc::new(AtomicBool::new(false));
+    let crowd: Vec<_> = (0..8)
+        .map(|i| {
+            let (service, stop) = (service.clone(), Arc::clone(&stop));
+            tokio::spawn(async move {
+                while !stop.load(Ordering::SeqCst) {
+                    let reply = service.charge(&format!("order_{i}")).send().await;
+                    reply.assert_error(503, "unavailable");
+                }
+            })
+        })
+        .collect();
+    let mut answered = 0;
+    for _ in 0..40 {
+        let replay = service.charge("known").send().await;
+        answered += usize::from(replay.status == 200);
+    }
+    stop.store(true, Ordering::SeqCst);
+    for one in crowd {
+        one.await.unwrap();
+    }
+    // They come in as the crowd is sent away; without that the queue is full for 10 s.
+    assert!(answered > 0, "no known key got a place");
 }

@@ -16,15 +16,21 @@
 //!   that was written before, the row among it. `pg_current_xact_id()` alone writes
 //!   nothing and does not do it.
 //! - **Not where an earlier COMMIT has proved it already.** [`Replication`] remembers
-//!   the horizon of the last transaction that left a record and whose COMMIT came
-//!   back: all transactions below it were over when its snapshot was taken, so their
-//!   records come before its own, so the standby has them. A transaction whose COMMIT
-//!   still waits is not over, and holds the horizon down. A row below the horizon is
-//!   answered without a record, also while the standby is away. The horizon belongs to
-//!   one start of one server, and is forgotten when another one answers.
-//! - **A COMMIT that comes back with a warning is no acknowledgement** ([`commit`]):
-//!   that is how the server says that the wait was cancelled. The batch is run again,
-//!   finds its own rows, and leaves a record.
+//!   the horizon of the last transaction that left a record and was waited for: all
+//!   transactions below it were over when its snapshot was taken, so their records come
+//!   before its own, so the standby has them. A transaction whose COMMIT still waits is
+//!   not over, and holds the horizon down. A row below the horizon is answered without a
+//!   record, also while the standby is away. The horizon belongs to one start of one
+//!   server under one `synchronous_standby_names` ([`Standbys`]).
+//! - **A COMMIT that came back proves it only if the names stayed what they were**: taking
+//!   them away ends all waits without a warning. So the session is asked again after that
+//!   COMMIT whether it has read its configuration anew. It has if that ended the wait:
+//!   PostgreSQL signals sessions before the process that ends the waits. Costs a round
+//!   trip where the horizon rises, and nowhere else.
+//! - **A COMMIT that comes back with a warning may be none that was waited for**
+//!   ([`warned`]): that is how the server says that the wait was cancelled. A record of
+//!   its own is committed then, until one comes back without a warning
+//!   ([`wait_for_standby`]).
 //!
 //! Without standbys none of this sends anything. Whether there are any is read in the
 //! statement that reads the rows (`current_setting`), since it can change while the
@@ -36,7 +42,7 @@
 //! a failover takes back. Whoever has to be certain sends the `POST` again with its key.
 
 use std::{
-    cell::Cell,
+    cell::{Cell, RefCell},
     pin::pin,
     sync::{
         Mutex, OnceLock, PoisonError,
@@ -44,24 +50,26 @@ use std::{
     },
 };
 
-use sqlx::{Executor, PgConnection, Postgres, Row, Transaction};
+use sqlx::{Executor, PgConnection, Row};
 use tracing::{
     Dispatch, Event, Level, Metadata, Subscriber, dispatcher, level_filters::LevelFilter, span,
     subscriber::Interest,
 };
 
-/// One start of one server, by the time of its start.
+/// For whom COMMITs wait: one start of one server, and its `synchronous_standby_names`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct ServerStart(pub(super) String);
+pub struct Standbys(pub(crate) String);
 
 /// Which transaction wrote a row, as read on a server with synchronous standbys.
 /// Transaction ids with their epochs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct WrittenBy {
     /// Who wrote the row; never older than it really is.
     pub xid: u64,
     /// All transactions below this were over when the row was read.
     pub horizon: u64,
+    /// Where it was read.
+    pub standbys: Standbys,
 }
 
 impl WrittenBy {
@@ -69,12 +77,13 @@ impl WrittenBy {
     /// snapshot. Of all transactions that `xmin` could mean it takes the newest that
     /// the snapshot can have seen: where that is wrong the row is older.
     #[must_use]
-    pub fn of(xmin: u32, horizon: u64, snapshot_end: u64) -> Self {
+    pub fn of(xmin: u32, horizon: u64, snapshot_end: u64, standbys: Standbys) -> Self {
         let low = u32::try_from(snapshot_end & u64::from(u32::MAX)).unwrap_or_default();
         let behind = u64::from(low.wrapping_sub(xmin));
         Self {
             xid: snapshot_end.saturating_sub(behind),
             horizon,
+            standbys,
         }
     }
 }
@@ -82,34 +91,30 @@ impl WrittenBy {
 /// What this process knows of the standbys.
 #[derive(Debug, Default)]
 pub struct Replication {
-    confirmed: Mutex<Option<(ServerStart, u64)>>,
+    confirmed: Mutex<Option<(Standbys, u64)>>,
     stalled: AtomicBool,
 }
 
 impl Replication {
-    /// Below which transaction a standby is known to have everything; 0: nothing is
-    /// known of this server.
+    /// Whether a standby is known to have what this transaction wrote.
     #[must_use]
-    pub fn confirmed(&self, server: &ServerStart) -> u64 {
+    pub fn has(&self, by: &WrittenBy) -> bool {
         let confirmed = self
             .confirmed
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
-        match &*confirmed {
-            Some((known, horizon)) if known == server => *horizon,
-            _ => 0,
-        }
+        matches!(&*confirmed, Some((known, horizon)) if *known == by.standbys && by.xid < *horizon)
     }
 
-    /// A transaction that left a record has committed, and saw this horizon.
-    pub fn confirm(&self, server: &ServerStart, horizon: u64) {
+    /// A transaction that left a record was waited for, and saw this horizon.
+    pub fn confirm(&self, standbys: Standbys, horizon: u64) {
         let mut confirmed = self
             .confirmed
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         match &mut *confirmed {
-            Some((known, old)) if known == server => *old = horizon.max(*old),
-            other => *other = Some((server.clone(), horizon)),
+            Some((known, old)) if *known == standbys => *old = horizon.max(*old),
+            other => *other = Some((standbys, horizon)),
         }
     }
 
@@ -134,11 +139,11 @@ impl Replication {
 
 /// Whether a COMMIT of this user's in this database has waited for a standby for two
 /// seconds or more. Whoever may not see other sessions' states sees those of its own
-/// role, which are the service's.
+/// role.
 pub(super) const STALLED: &str = "exists (
     select from pg_stat_activity
-    where wait_event = 'SyncRep' and datname = current_database()
-      and query_start < clock_timestamp() - interval '2 s'
+    where wait_event = 'SyncRep' and datname = current_database() and usename = session_user
+      and query ilike 'commit%' and query_start < clock_timestamp() - interval '2 s'
 )";
 
 /// Whether COMMITs wait for a standby, as the server knows it.
@@ -161,124 +166,178 @@ pub async fn leave_record(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
     Ok(())
 }
 
-/// Commits, and takes a COMMIT that the server warns of for none.
-///
-/// # Errors
-/// Any database error; a protocol error if the server warned, and then the
-/// transaction is committed on this server and nothing is known of the standby.
-pub async fn commit(transaction: Transaction<'_, Postgres>) -> Result<(), sqlx::Error> {
-    acknowledged(transaction.commit()).await
+/// For whom this session thinks that COMMITs wait, and when it read that.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Configuration {
+    /// For whom.
+    pub standbys: Standbys,
+    read_at: String,
 }
 
-/// The same for a COMMIT that is sent by this future.
+impl Configuration {
+    /// As it is now.
+    ///
+    /// # Errors
+    /// Any database error.
+    pub async fn of(conn: &mut PgConnection) -> Result<Self, sqlx::Error> {
+        let query = sqlx::raw_sql(
+            "select pg_postmaster_start_time()::text || ' ' || current_setting('synchronous_standby_names'),
+                pg_conf_load_time()::text",
+        );
+        let row = conn.fetch_all(query).await?.pop();
+        let row = row.ok_or(sqlx::Error::RowNotFound)?;
+        Ok(Self {
+            standbys: Standbys(row.try_get(0)?),
+            read_at: row.try_get(1)?,
+        })
+    }
+}
+
+/// After a COMMIT that the server has warned of: comes back when a standby has all that
+/// was committed before, or when there are no standbys. It may never come.
 ///
 /// # Errors
-/// As [`commit`].
-pub async fn acknowledged(
-    commit: impl Future<Output = Result<(), sqlx::Error>>,
-) -> Result<(), sqlx::Error> {
-    // sqlx gives a server's warnings to `tracing` and to nobody else. Its event comes
-    // while the future is polled, on this thread.
-    let mut commit = pin!(commit);
-    let mut warned = false;
-    std::future::poll_fn(|context| {
-        let _watch = dispatcher::set_default(WARNINGS.get_or_init(Warnings::dispatch));
-        let polled = commit.as_mut().poll(context);
-        warned |= WARNED.replace(false);
-        polled
-    })
-    .await?;
-    if warned {
-        return Err(sqlx::Error::Protocol(
-            "COMMIT came back with a warning: the wait for the standby was cancelled".to_owned(),
-        ));
-    }
+/// Any database error; nothing is known of the standby then.
+pub async fn wait_for_standby(conn: &mut PgConnection) -> Result<(), sqlx::Error> {
+    // A statement outside of a transaction commits what it wrote. What else could have
+    // made the COMMIT warn, a trigger of somebody's, is not run by it.
+    let record = "select pg_logical_emit_message(true, 'payonce', '')
+        where current_setting('synchronous_standby_names') <> ''";
+    while warned(async { conn.execute(record).await.map(drop) }).await? {}
     Ok(())
 }
 
-static WARNINGS: OnceLock<Dispatch> = OnceLock::new();
+/// Runs a COMMIT, or a statement that commits, and returns whether the server warned. A
+/// wait for a standby that was cancelled is such a warning, and the only one that
+/// COMMIT itself knows; deferred triggers may raise others.
+///
+/// sqlx gives a server's warnings to `tracing` and to nobody else, so this listens there
+/// for as long as the future is polled. In a process whose logs go to the crate `log`
+/// without a subscriber of `tracing`, sqlx's lines end with the first call.
+///
+/// # Errors
+/// Any database error.
+pub async fn warned(
+    commit: impl Future<Output = Result<(), sqlx::Error>>,
+) -> Result<bool, sqlx::Error> {
+    let mut commit = pin!(commit);
+    let mut warned = false;
+    // The event comes while the future is polled, on this thread.
+    std::future::poll_fn(|context| {
+        let [listener, _] = LISTENERS.get_or_init(|| [(); 2].map(|()| Dispatch::new(Listener)));
+        BEHIND.set(Some(dispatcher::get_default(Clone::clone)));
+        let listening = dispatcher::set_default(listener);
+        let polled = commit.as_mut().poll(context);
+        drop(listening);
+        BEHIND.take();
+        warned |= WARNED.take();
+        polled
+    })
+    .await?;
+    Ok(warned)
+}
+
+/// Two, since a subscriber that is the only one of a process is not asked by `tracing`
+/// about events that come from elsewhere first, and never hears of them afterwards.
+static LISTENERS: OnceLock<[Dispatch; 2]> = OnceLock::new();
 
 thread_local! {
     static WARNED: Cell<bool> = const { Cell::new(false) };
+    /// Whoever listens when nobody waits for a warning.
+    static BEHIND: RefCell<Option<Dispatch>> = const { RefCell::new(None) };
 }
 
-/// Notes warnings of the server, and hands everything on to whoever listened before.
-struct Warnings {
-    inner: Dispatch,
-    level: LevelFilter,
-}
+/// Notes warnings of the server, and hands everything on to whoever is behind.
+struct Listener;
 
-impl Warnings {
-    fn dispatch() -> Dispatch {
-        Dispatch::new(Self {
-            inner: dispatcher::get_default(Clone::clone),
-            level: LevelFilter::current().max(LevelFilter::WARN),
-        })
-    }
+fn behind<T>(act: impl FnOnce(&Dispatch) -> T) -> T {
+    let behind = BEHIND.with_borrow(Clone::clone);
+    act(&behind.unwrap_or_else(Dispatch::none))
 }
 
 fn is_warning(metadata: &Metadata<'_>) -> bool {
     metadata.target() == "sqlx::postgres::notice" && *metadata.level() == Level::WARN
 }
 
-impl Subscriber for Warnings {
+impl Subscriber for Listener {
+    /// All others are asked for the rest.
     fn register_callsite(&self, metadata: &'static Metadata<'static>) -> Interest {
         if is_warning(metadata) {
             Interest::always()
         } else {
-            self.inner.register_callsite(metadata)
+            Interest::never()
         }
     }
 
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        is_warning(metadata) || self.inner.enabled(metadata)
+        is_warning(metadata) || behind(|behind| behind.enabled(metadata))
     }
 
     fn max_level_hint(&self) -> Option<LevelFilter> {
-        Some(self.level)
+        Some(LevelFilter::WARN)
     }
 
     fn new_span(&self, attributes: &span::Attributes<'_>) -> span::Id {
-        self.inner.new_span(attributes)
+        behind(|behind| behind.new_span(attributes))
     }
 
     fn record(&self, id: &span::Id, values: &span::Record<'_>) {
-        self.inner.record(id, values);
+        behind(|behind| behind.record(id, values));
     }
 
     fn record_follows_from(&self, id: &span::Id, follows: &span::Id) {
-        self.inner.record_follows_from(id, follows);
+        behind(|behind| behind.record_follows_from(id, follows));
     }
 
     fn event(&self, event: &Event<'_>) {
         if is_warning(event.metadata()) {
             WARNED.set(true);
         }
-        if self.inner.enabled(event.metadata()) {
-            self.inner.event(event);
-        }
+        behind(|behind| {
+            if behind.enabled(event.metadata()) {
+                behind.event(event);
+            }
+        });
     }
 
     fn enter(&self, id: &span::Id) {
-        self.inner.enter(id);
+        behind(|behind| behind.enter(id));
     }
 
     fn exit(&self, id: &span::Id) {
-        self.inner.exit(id);
+        behind(|behind| behind.exit(id));
     }
 
     fn clone_span(&self, id: &span::Id) -> span::Id {
-        self.inner.clone_span(id)
+        behind(|behind| behind.clone_span(id))
     }
 
     fn try_close(&self, id: span::Id) -> bool {
-        self.inner.try_close(id)
+        behind(|behind| behind.try_close(id))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn notice() {
+        tracing::warn!(target: "sqlx::postgres::notice", "the wait was cancelled");
+    }
+
+    /// In a process where nobody listens to `tracing`, and the first warning comes from
+    /// elsewhere.
+    #[tokio::test]
+    async fn a_warning_is_heard_also_where_nobody_else_listens() {
+        assert!(!warned(async { Ok(()) }).await.unwrap());
+        notice();
+        let commit = async {
+            notice();
+            Ok(())
+        };
+        assert!(warned(commit).await.unwrap());
+        assert!(!warned(async { Ok(()) }).await.unwrap());
+    }
 
     #[test]
     fn a_row_is_never_taken_for_an_older_one() {
@@ -292,7 +351,7 @@ mod tests {
             (2, epoch + 1, epoch + 2 - epoch),
         ] {
             assert_eq!(
-                WrittenBy::of(xmin, 0, snapshot_end).xid,
+                WrittenBy::of(xmin, 0, snapshot_end, Standbys(String::new())).xid,
                 xid,
                 "{xmin} {snapshot_end}"
             );
@@ -302,13 +361,21 @@ mod tests {
     #[test]
     fn a_horizon_is_of_one_start_of_one_server_and_only_rises() {
         let replication = Replication::default();
-        let [one, other] = ["one", "other"].map(|name| ServerStart(name.to_owned()));
-        assert_eq!(replication.confirmed(&one), 0);
-        replication.confirm(&one, 7);
-        replication.confirm(&one, 5);
-        assert_eq!(replication.confirmed(&one), 7);
-        replication.confirm(&other, 3);
-        assert_eq!(replication.confirmed(&other), 3);
-        assert_eq!(replication.confirmed(&one), 0);
+        let [one, other] = ["one", "other"].map(|name| Standbys(name.to_owned()));
+        let has = |xid, standbys: &Standbys| {
+            replication.has(&WrittenBy {
+                xid,
+                horizon: 0,
+                standbys: standbys.clone(),
+            })
+        };
+        assert!(!has(0, &one));
+        replication.confirm(one.clone(), 7);
+        replication.confirm(one.clone(), 5);
+        assert_eq!([6, 7].map(|xid| has(xid, &one)), [true, false]);
+        assert!(!has(0, &other));
+        replication.confirm(other.clone(), 3);
+        assert_eq!([2, 3].map(|xid| has(xid, &other)), [true, false]);
+        assert!(!has(0, &one));
     }
 }

@@ -7,11 +7,7 @@ use sqlx::{
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 
-use super::{
-    READ_TIMEOUT,
-    replication::{STALLED, ServerStart},
-    server_name, within,
-};
+use super::{READ_TIMEOUT, replication::STALLED, server_name, within};
 
 /// What every session of the service is set to: name, value, and whether it is
 /// about transactions (else it is about the connection).
@@ -58,18 +54,15 @@ pub async fn connect(options: &PgConnectOptions) -> Result<PgConnection, sqlx::E
 pub struct Session {
     /// The connection.
     pub conn: PgConnection,
-    /// To which server, since when.
-    pub server: ServerStart,
     /// Whether COMMITs waited for a standby there when it was made.
     pub stalled: bool,
 }
 
-/// Which server this is, and whether COMMITs wait for a standby there. As plain text,
-/// so that nothing has to be prepared.
-async fn identify(conn: &mut PgConnection) -> Result<(ServerStart, bool), sqlx::Error> {
+/// Refuses a server that takes no writes, and returns whether COMMITs wait for a standby
+/// there. As plain text, so that nothing has to be prepared.
+async fn check_writable(conn: &mut PgConnection) -> Result<bool, sqlx::Error> {
     let query = AssertSqlSafe(format!(
-        "select current_setting('transaction_read_only') = 'on',
-            pg_postmaster_start_time()::text, {STALLED}"
+        "select current_setting('transaction_read_only') = 'on', {STALLED}"
     ));
     let row = conn.fetch_all(sqlx::raw_sql(query)).await?.pop();
     let row = row.ok_or(sqlx::Error::RowNotFound)?;
@@ -78,7 +71,7 @@ async fn identify(conn: &mut PgConnection) -> Result<(ServerStart, bool), sqlx::
             "the server is a standby, or read-only".to_owned(),
         ));
     }
-    Ok((ServerStart(row.try_get(1)?), row.try_get(2)?))
+    row.try_get(1)
 }
 
 /// PostgreSQL as the service reaches it: directly, or through a pooler that
@@ -150,12 +143,8 @@ impl Server {
     /// What went wrong; a time-out is an I/O error, a standby a protocol error.
     pub async fn connect(&self) -> Result<Session, sqlx::Error> {
         let mut conn = self.connect_to_any().await?;
-        let (server, stalled) = within(CONNECT_TIMEOUT, identify(&mut conn)).await?;
-        Ok(Session {
-            conn,
-            server,
-            stalled,
-        })
+        let stalled = within(CONNECT_TIMEOUT, check_writable(&mut conn)).await?;
+        Ok(Session { conn, stalled })
     }
 
     /// Begins a transaction in which the settings are in force: one round trip.
@@ -189,7 +178,9 @@ impl Server {
             // connection that died silently it would keep its place in the pool
             // until the kernel gives up.
             return pool
-                .after_connect(|conn, _| Box::pin(async move { identify(conn).await.map(drop) }))
+                .after_connect(|conn, _| {
+                    Box::pin(async move { check_writable(conn).await.map(drop) })
+                })
                 .after_release(|conn, _| {
                     Box::pin(async move { within(READ_TIMEOUT, conn.ping()).await.map(|()| true) })
                 })

@@ -81,6 +81,9 @@ impl Identity<'_> {
 /// Accepts messages of an account, in the transaction in which their work is
 /// done. The same one may stand among them twice.
 ///
+/// Behind a synchronous standby commit with [`replication::warned`], and where it says so
+/// [`replication::wait_for_standby`]: a wait that was cancelled is no acknowledgement.
+///
 /// # Errors
 /// Any database error; nothing of the transaction may be kept then.
 pub async fn accept(

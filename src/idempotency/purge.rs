@@ -89,15 +89,23 @@ impl Purge {
         // Planned for the tables as they are: both joins have to find their rows by
         // an index.
         //
+        // Its commit waits for no standby: where one is away, each step would leave a
+        // session waiting on the server, and rows that come back with a failover expire
+        // again.
+        //
         // A row that changes meanwhile is locked, and looked at again, before it is
         // deleted; one that was replaced has a successor that this statement's
         // snapshot cannot see.
         let query = sqlx::query!(
             r#"
-            with expired as materialized (
+            with local as materialized (
+                select set_config('synchronous_commit', 'local', true)
+            ),
+            expired as materialized (
                 select account_id, key
                 from idempotency_keys
-                where (expires_at, account_id) >= (
+                where exists (select from local)
+                    and (expires_at, account_id) >= (
                         coalesce(
                             $1,
                             statement_timestamp() - make_interval(secs => $2),

@@ -14,7 +14,10 @@ use sqlx::{PgConnection, PgPool, types::Uuid};
 
 use super::{Answer, Fingerprint, Scope, held::HeldKeys};
 use crate::{
-    db::{corrupt_column, position, replication::WrittenBy},
+    db::{
+        corrupt_column, position,
+        replication::{Standbys, WrittenBy},
+    },
     ids::RequestId,
 };
 
@@ -127,7 +130,8 @@ pub async fn read(
             row.response_status is not null and row.expires_at <= statement_timestamp() as "expired!",
             case when current_setting('synchronous_standby_names') <> '' then row.writer::text::int8 end as written_by,
             (select pg_snapshot_xmin(pg_current_snapshot())::text::int8) as "horizon!",
-            (select pg_snapshot_xmax(pg_current_snapshot())::text::int8) as "snapshot_end!"
+            (select pg_snapshot_xmax(pg_current_snapshot())::text::int8) as "snapshot_end!",
+            (select pg_postmaster_start_time()::text || ' ' || current_setting('synchronous_standby_names')) as "standbys!"
         from unnest($1::uuid[], $2::text[]) with ordinality as input (account_id, key, position)
         cross join lateral (
             select *, xmin as writer from idempotency_keys
@@ -165,6 +169,7 @@ pub async fn read(
                     xid,
                     row.horizon.cast_unsigned(),
                     row.snapshot_end.cast_unsigned(),
+                    Standbys(row.standbys),
                 )
             }),
         });

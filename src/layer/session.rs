@@ -31,14 +31,21 @@ const COMMIT_MAX: Duration = Duration::from_mins(5);
 /// to doubt, the connection is closed: sqlx 0.9.0 loses count of a `begin` that is
 /// cancelled (sqlx issue 4385), and the next user of the connection would write
 /// into a transaction that nobody commits.
-pub(super) struct Session(Option<PoolConnection<Postgres>>);
+pub(super) struct Session {
+    conn: Option<PoolConnection<Postgres>>,
+    /// Whether COMMIT waits for standbys, and so has to be watched.
+    pub(super) has_standbys: bool,
+}
 
 const LIVES: &str = "it is taken only by what consumes the session";
 
 impl Session {
     /// Takes a connection, and begins with these statements.
     pub(super) async fn begin(pool: &PgPool, statements: String) -> Result<Self, sqlx::Error> {
-        let mut session = Self(Some(pool.acquire().await?));
+        let mut session = Self {
+            conn: Some(pool.acquire().await?),
+            has_standbys: false,
+        };
         let statements = AssertSqlSafe(statements).into_sql_str();
         PgTransactionManager::begin(&mut session, Some(statements)).await?;
         Ok(session)
@@ -51,11 +58,19 @@ impl Session {
     }
 
     /// Commits. The COMMIT goes on if this future is dropped. One whose wait for a
-    /// standby was cancelled is an error.
+    /// standby was cancelled waits anew.
     pub(super) async fn commit(mut self) -> Result<(), sqlx::Error> {
         let commit = async move {
-            let commit = PgTransactionManager::commit(&mut self);
-            within(COMMIT_MAX, replication::acknowledged(commit)).await?;
+            let commit = async {
+                if !self.has_standbys {
+                    return PgTransactionManager::commit(&mut self).await;
+                }
+                if replication::warned(PgTransactionManager::commit(&mut self)).await? {
+                    replication::wait_for_standby(&mut self).await?;
+                }
+                Ok(())
+            };
+            within(COMMIT_MAX, commit).await?;
             self.release();
             Ok(())
         };
@@ -73,7 +88,7 @@ impl Session {
     /// Back to the pool, if nothing is open.
     fn release(mut self) {
         if self.depth() == 0 {
-            drop(self.0.take());
+            drop(self.conn.take());
         }
     }
 }
@@ -82,19 +97,19 @@ impl Deref for Session {
     type Target = PgConnection;
 
     fn deref(&self) -> &PgConnection {
-        self.0.as_ref().expect(LIVES)
+        self.conn.as_ref().expect(LIVES)
     }
 }
 
 impl DerefMut for Session {
     fn deref_mut(&mut self) -> &mut PgConnection {
-        self.0.as_mut().expect(LIVES)
+        self.conn.as_mut().expect(LIVES)
     }
 }
 
 impl Drop for Session {
     fn drop(&mut self) {
-        if let Some(mut conn) = self.0.take() {
+        if let Some(mut conn) = self.conn.take() {
             conn.close_on_drop();
         }
     }

@@ -15,7 +15,7 @@ use crate::{
     charges::{self, CreateCharge, CreateClaim, FindsAnother},
     db::{
         self, ErrorClass, Session, backoff, describe,
-        replication::{self, Replication, WrittenBy},
+        replication::{self, Configuration, Replication, WrittenBy},
     },
     error::{Error, Unavailable},
     idempotency::{
@@ -79,10 +79,10 @@ impl AttemptOutcome {
         Ok(Self::Known(Arc::new(settled), row.written_by))
     }
 
-    /// The horizon of what was read, if a standby is not known to have it.
-    fn unconfirmed(&self, confirmed: u64) -> Option<u64> {
+    /// Who wrote what was read, if a standby is not known to have it.
+    fn unconfirmed(&self, replication: &Replication) -> Option<&WrittenBy> {
         match self {
-            Self::Known(_, Some(by)) if by.xid >= confirmed => Some(by.horizon),
+            Self::Known(_, Some(by)) if !replication.has(by) => Some(by),
             _ => None,
         }
     }
@@ -263,21 +263,28 @@ impl Task {
         }
         let mut committing = false;
         let ended = timeout(ATTEMPT_TIMEOUT, async {
-            let Session { conn, server, .. } = &mut session;
+            let conn = &mut session.conn;
             let mut transaction = self.options.server.begin(conn).await?;
             let found = write(&mut transaction, &commands, check_purged_refunds).await?;
-            let confirmed = self.replication.confirmed(server);
             let unconfirmed = found
                 .iter()
-                .filter_map(|found| found.unconfirmed(confirmed));
-            let horizon = unconfirmed.min();
-            if horizon.is_some() {
+                .filter_map(|found| found.unconfirmed(&self.replication))
+                .min_by_key(|by| by.horizon)
+                .cloned();
+            let mut before = None;
+            if unconfirmed.is_some() {
+                before = Some(Configuration::of(&mut transaction).await?);
                 replication::leave_record(&mut transaction).await?;
             }
             committing = true;
-            replication::commit(transaction).await?;
-            if let Some(horizon) = horizon {
-                self.replication.confirm(server, horizon);
+            if replication::warned(transaction.commit()).await? {
+                replication::wait_for_standby(conn).await?;
+            }
+            if let (Some(by), Some(before)) = (unconfirmed, before)
+                && by.standbys == before.standbys
+                && before == Configuration::of(conn).await?
+            {
+                self.replication.confirm(by.standbys, by.horizon);
             }
             Ok(found)
         })
@@ -330,12 +337,15 @@ impl Task {
             vec![None; part.len()]
         });
         for (job, known) in part.into_iter().zip(known) {
+            // Keys that are known need room in the queue as well.
+            let room = job.shared.room.available_permits();
+            let crowded = room < self.options.queue_max as usize / 2;
             let pause = Duration::from_millis(rand::rng().random_range(100..=200));
             if let Some(row) = known {
                 job.conclude(&Resolution::Row(row));
             } else if !self.replication.is_stalled() {
                 job.enqueue();
-            } else if Instant::now() + pause < job.deadline {
+            } else if !crowded && Instant::now() + pause < job.deadline {
                 job.enqueue_after(pause);
             } else {
                 job.conclude(&Resolution::Unavailable(Unavailable::StandbyAway));
@@ -360,12 +370,13 @@ impl Task {
         })
         .await?;
         self.replication.set_stalled(stalled);
-        let confirmed = self.replication.confirmed(&session.server);
         self.session = Some(session);
         let answered = |row: KeyRow| {
             let found = AttemptOutcome::row(row).ok()?;
             match found {
-                AttemptOutcome::Known(row, by) if by.is_none_or(|by| by.xid < confirmed) => {
+                AttemptOutcome::Known(row, by)
+                    if by.as_ref().is_none_or(|by| self.replication.has(by)) =>
+                {
                     Some(row)
                 }
                 _ => None,

@@ -67,13 +67,8 @@ impl Cluster {
 
     /// Each COMMIT waits for any one of the standbys from now on.
     pub async fn wait_for_standbys(&self) {
+        self.set_standby_names("*").await;
         let pool = self.pool().await;
-        for statement in [
-            "alter system set synchronous_standby_names = '*'",
-            "select pg_reload_conf()",
-        ] {
-            sqlx::query(statement).execute(&pool).await.unwrap();
-        }
         let waits = || async {
             sqlx::query_scalar(
                 "select current_setting('synchronous_standby_names') = '*'
@@ -84,6 +79,26 @@ impl Cluster {
             .unwrap()
         };
         super::eventually("the standby is synchronous", waits).await;
+    }
+
+    /// Comes back when new sessions have it; those that are there learn it with their next
+    /// statement.
+    pub async fn set_standby_names(&self, names: &'static str) {
+        let pool = self.pool().await;
+        let set = sqlx::AssertSqlSafe(format!(
+            "alter system set synchronous_standby_names = '{names}'"
+        ));
+        for statement in [sqlx::query(set), sqlx::query("select pg_reload_conf()")] {
+            statement.execute(&pool).await.unwrap();
+        }
+        let is_set = || async {
+            let now: String = sqlx::query_scalar("show synchronous_standby_names")
+                .fetch_one(&pool)
+                .await
+                .unwrap();
+            now == names
+        };
+        super::eventually("the names are set", is_set).await;
     }
 
     /// Kills one of the backends of the sessions with this application name, if there
