@@ -448,27 +448,36 @@ async fn a_stalled_standby_leaves_room_for_known_keys() {
     })
     .await;
     first.await.unwrap().assert_error(503, "unavailable");
-    let stop = Arc::new(AtomicBool::new(false));
-    let crowd: Vec<_> = (0..8)
+    let [stop, full] = [(); 2].map(|()| Arc::new(AtomicBool::new(false)));
+    let crowd: Vec<_> = (0..64)
         .map(|i| {
-            let (service, stop) = (service.clone(), Arc::clone(&stop));
+            let service = service.clone();
+            let (stop, full) = (Arc::clone(&stop), Arc::clone(&full));
             tokio::spawn(async move {
                 while !stop.load(Ordering::SeqCst) {
                     let reply = service.charge(&format!("order_{i}")).send().await;
                     reply.assert_error(503, "unavailable");
+                    if reply.body.contains("Too many requests are waiting") {
+                        full.store(true, Ordering::SeqCst);
+                    }
+                    tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             })
         })
         .collect();
-    let mut answered = 0;
-    for _ in 0..40 {
-        let replay = service.charge("known").send().await;
-        answered += usize::from(replay.status == 200);
+    eventually("the queue is full", || async {
+        full.load(Ordering::SeqCst)
+    })
+    .await;
+    // The crowd is sent away as it comes; otherwise it keeps all places for 10 s.
+    let mut answered = false;
+    for _ in 0..100 {
+        answered |= service.charge("known").send().await.status == 200;
+        tokio::time::sleep(Duration::from_millis(20)).await;
     }
     stop.store(true, Ordering::SeqCst);
     for one in crowd {
         one.await.unwrap();
     }
-    // They come in as the crowd is sent away; without that the queue is full for 10 s.
-    assert!(answered > 0, "no known key got a place");
+    assert!(answered, "no known key got a place");
 }
