@@ -68,6 +68,11 @@ const REFUSED: Timeouts = Timeouts {
 /// How many of those there may be at once.
 const REFUSED_AT_ONCE: usize = 128;
 
+/// How many files are left to what is no connection of a client and none of the pool:
+/// the writer, the reader, look-ups of API keys, the listener, the runtime. Those are
+/// about 20.
+const FILES_OF_OTHERS: u64 = 64;
+
 /// How long idle connections stay open after SIGTERM. Hyper closes them at once,
 /// also those on which a request has just arrived that nobody has read yet.
 const LAST_CALL: Duration = Duration::from_millis(250);
@@ -231,11 +236,9 @@ async fn serve(
 }
 
 /// As many connections as was asked for, or as the operating system lets a process
-/// have: a file each, and some for the database and others.
+/// have.
 fn connections_max(asked: u32, pool_size: u32) -> usize {
-    let others = u64::from(pool_size) + 64;
-    let files = allowed_files();
-    let most = files.map_or(u64::MAX, |files| files.saturating_sub(others).max(1));
+    let most = allowed_files().map_or(u64::MAX, |files| connections_within(files, pool_size));
     if most < u64::from(asked) {
         warn!(
             connections_max = most,
@@ -243,6 +246,14 @@ fn connections_max(asked: u32, pool_size: u32) -> usize {
         );
     }
     usize::try_from(most.min(asked.into())).unwrap_or(usize::MAX)
+}
+
+/// How many connections so many open files are enough for: a file each, and some for
+/// those that are refused, for the database, and for others. A flood of connections
+/// then leaves the writer its own.
+fn connections_within(files: u64, pool_size: u32) -> u64 {
+    let others = u64::from(pool_size) + FILES_OF_OTHERS + REFUSED_AT_ONCE as u64;
+    files.saturating_sub(others).max(1)
 }
 
 /// How many files the process may have open, raised as far as it may be; `None` is no
@@ -315,6 +326,17 @@ mod tests {
             .route("/", get(|| async { "answer" }));
         tokio::spawn(serve(listener, router, 10, timeouts, stopping));
         (TcpStream::connect(address).await.unwrap(), stop)
+    }
+
+    #[test]
+    fn connections_leave_files_to_the_database() {
+        for (files, pool_size) in [(1024, 10), (4096, 10), (1 << 20, 1000)] {
+            let served = connections_within(files, pool_size);
+            // As many sockets as the accept loop ever holds.
+            let sockets = served + REFUSED_AT_ONCE as u64;
+            assert_eq!(files - sockets, u64::from(pool_size) + 64);
+        }
+        assert_eq!(connections_within(100, 10), 1);
     }
 
     async fn is_closed(stream: &mut TcpStream) {

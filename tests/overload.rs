@@ -230,3 +230,20 @@ async fn an_api_key_that_is_revoked_while_the_body_is_on_its_way_charges_nobody(
     }
     assert_eq!(service.count_charges().await, 1);
 }
+
+/// After a start nobody is known, and all come at once.
+#[sqlx::test(migrator = "payonce::MIGRATOR")]
+async fn the_first_requests_after_a_start_all_have_their_turn(pool: PgPool) {
+    let service = Service::start(&pool).await;
+    let mut customers = Vec::new();
+    for _ in 0..200 {
+        customers.push(service.other_account().await);
+    }
+    let cold = service.with_cold_callers();
+    let charges = customers
+        .iter()
+        .map(|customer| customer.at(&cold).charge("order_1").send());
+    for reply in join_all(charges).await {
+        assert_eq!(reply.status, 200, "{reply:?}");
+    }
+}

@@ -3,9 +3,9 @@
 //!
 //! A pool's own queue has no bound but its time-out. When it gets longer than that,
 //! everybody gives up just before it is their turn and starts again from the end,
-//! and hardly a read succeeds any more. Here nobody who waits loses their place, the
-//! time of an attempt begins when there is a connection for it, and whoever could
-//! not be served soon is told so at once.
+//! and hardly a read succeeds any more. Here whoever waits for a read keeps their place
+//! until the deadline of their request, the time of an attempt begins when there is a
+//! connection for it, and whoever finds no place to wait is told so at once.
 
 use std::sync::Arc;
 
@@ -38,8 +38,13 @@ impl Admission {
     /// A queue for so many connections.
     #[must_use]
     pub fn new(connections: u32) -> Self {
+        Self::with_places(connections, connections as usize * WAITING_PER_CONNECTION)
+    }
+
+    /// The same, where so many may wait in all.
+    #[must_use]
+    pub fn with_places(connections: u32, waiting: usize) -> Self {
         let connections = connections as usize;
-        let waiting = connections * WAITING_PER_CONNECTION;
         Self {
             running: Arc::new(Semaphore::new(connections)),
             admitted: Arc::new(Semaphore::new(connections + waiting)),

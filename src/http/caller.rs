@@ -2,10 +2,11 @@
 //!
 //! Look-ups have connections of their own ([`CONNECTIONS`]), so that a charge never
 //! waits behind lists. Keys that were valid here before and keys that nobody here
-//! has seen have a queue each, so that strangers do not keep customers waiting. What
-//! strangers can cost is bounded three times: an unknown key is remembered for a
-//! moment, an address that sends many of them is refused for a moment, and the queue
-//! is short.
+//! has seen have a queue each, so that strangers do not keep customers waiting. After
+//! a start every customer is a stranger, so the queues are long enough for the first
+//! requests of all of them. What strangers can cost is bounded otherwise: an unknown key
+//! is remembered for a moment, and an address that sends many of them is refused for a
+//! moment.
 
 use std::{
     net::{IpAddr, Ipv6Addr},
@@ -33,9 +34,17 @@ use crate::{
     ids::AccountId,
 };
 
-/// How many connections look-ups of API keys have: all but one for keys that were
-/// valid here before, and one for others.
+/// How many connections look-ups of API keys have. Keys that were valid here before
+/// use [`CONNECTIONS_EACH`] of them at most, and so do others: one is always left to
+/// either, and either may have the third while the other does not need it.
 pub const CONNECTIONS: u32 = 3;
+
+const CONNECTIONS_EACH: u32 = CONNECTIONS - 1;
+
+/// How many look-ups of either kind may wait: one for each connection that is served
+/// by default (`CONNECTIONS_MAX`). A look-up takes less than a millisecond, so that all
+/// of them have their turn within a second or so.
+const WAITING_MAX: usize = 4096;
 
 /// How many accounts are remembered, and as many unknown keys and addresses; each
 /// takes about 150 bytes.
@@ -119,8 +128,8 @@ impl Callers {
         Self {
             pool,
             options,
-            customers: Admission::new(CONNECTIONS - 1),
-            strangers: Admission::new(1),
+            customers: Admission::with_places(CONNECTIONS_EACH, WAITING_MAX),
+            strangers: Admission::with_places(CONNECTIONS_EACH, WAITING_MAX),
             remembered: short_lived(options.remembered),
             valid_before: Cache::builder()
                 .max_capacity(CUSTOMERS_MAX)

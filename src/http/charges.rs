@@ -142,6 +142,7 @@ fn unknown_currency() -> BadParameter {
 /// Whether a charge carries the key. Then the request can make no other one: it is
 /// replayed or refused, also where its currency has been retired since.
 async fn is_made(app: &App, context: RequestContext, scope: &Scope) -> Result<bool, Error> {
+    let _turn = app.admission.turn(context.deadline).await?;
     let made = db::read(context.deadline, || charges::of_key(&app.pool, scope)).await?;
     Ok(made.is_some())
 }

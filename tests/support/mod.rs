@@ -126,6 +126,15 @@ impl Service {
         }
     }
 
+    /// The same account, at another replica.
+    pub fn at(&self, replica: &Self) -> Self {
+        Self {
+            router: replica.router.clone(),
+            app: replica.app.clone(),
+            ..self.clone()
+        }
+    }
+
     /// One more replica, on another server that has the same data.
     pub fn on(&self, pool: &PgPool) -> Self {
         let app = app(&pool.connect_options(), &self.settings);
