@@ -117,8 +117,11 @@ async fn a_read_that_takes_too_long_is_halved(pool: PgPool) {
         .begin_with("begin; lock table charges in access exclusive mode")
         .await
         .unwrap();
-    let first = [0, 1].map(|i| tokio::spawn(service.get(&paths[i]).send()));
-    crate::support::are_blocked(&pool, 2).await;
+    let mut first = Vec::new();
+    for (path, blocked) in paths.iter().zip([1, 2]) {
+        first.push(tokio::spawn(service.get(path).send()));
+        crate::support::are_blocked(&pool, blocked).await;
+    }
     // The others wait for them in one queue.
     let mut reads: Vec<_> = paths
         .iter()
